@@ -1,0 +1,6 @@
+//! `fleet.skerry.dev`: the fleet repository's kinds, and what the reconciler reports in a cluster.
+
+mod span;
+pub mod v1alpha1;
+
+pub use span::{ParseSpanError, Span};

@@ -1,0 +1,3 @@
+//! `reliablesyncs.kubeedge.io`: what CloudCore remembers of each object's delivery to each node.
+
+pub mod v1alpha1;

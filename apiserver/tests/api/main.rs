@@ -1,0 +1,9 @@
+//! The embedded API as clients see it: through kube's client, in this process and over TLS.
+
+mod access;
+mod apply;
+mod custom;
+mod lifecycle;
+mod objects;
+mod support;
+mod watches;

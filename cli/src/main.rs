@@ -1,0 +1,99 @@
+//! The `skerry` command: thin verbs over the rooms' public functions.
+//!
+//! Standard output is data, standard error is talk. Exit codes: 0 done, 1 the answer is no, 2 it went wrong.
+
+use clap::{Parser, Subcommand, ValueEnum};
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+mod cluster;
+mod fault;
+mod render;
+mod seed;
+mod site;
+mod status;
+mod table;
+mod token;
+mod up;
+mod version;
+
+#[derive(Parser)]
+#[command(
+    name = "skerry",
+    about = "Run fleets of edge sites from a Git repository",
+    disable_version_flag = true
+)]
+struct Cli {
+    /// How to print the answer
+    #[arg(long, global = true, value_enum, default_value = "table")]
+    output: Output,
+    /// Credentials of the cluster (default: $KUBECONFIG, then ~/.kube/config)
+    #[arg(long, global = true)]
+    kubeconfig: Option<PathBuf>,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// Form of the answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people.
+    Table,
+    /// For programs: one JSON document.
+    Json,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run a whole fleet on this machine: API, CloudCore, reconciler, Git remote, edge node
+    Up(up::Args),
+    /// Show every site and app: revision, pods, health, age
+    Status(status::Args),
+    /// Print what a fleet folder renders to, per site and app
+    Render(render::RenderArgs),
+    /// Show what a fleet folder would change in the cluster; exit code 1 when it would
+    Diff(render::DiffArgs),
+    /// Join tokens of edge nodes
+    #[command(subcommand)]
+    Token(token::Verb),
+    /// Print the version
+    Version,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter =
+        tracing_subscriber::EnvFilter::try_from_env("SKERRY_LOG").unwrap_or_else(|_| "warn".into());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+    if rustls::crypto::ring::default_provider().install_default().is_err() {
+        eprintln!("error: a TLS provider was installed twice");
+        return ExitCode::from(2);
+    }
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let outcome = match runtime {
+        Ok(runtime) => runtime.block_on(run(cli)),
+        Err(error) => Err(anyhow::Error::new(error).context("could not start the runtime")),
+    };
+    outcome.unwrap_or_else(|error| {
+        fault::print(&error);
+        ExitCode::from(2)
+    })
+}
+
+async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let Cli { output, kubeconfig, verb } = cli;
+    match verb {
+        Verb::Up(args) => up::run(args, output).await,
+        Verb::Status(args) => status::run(args, kubeconfig, output).await,
+        Verb::Render(args) => render::render(args, output),
+        Verb::Diff(args) => render::diff(args, kubeconfig, output).await,
+        Verb::Token(verb) => token::run(verb, kubeconfig, output).await,
+        Verb::Version => version::run(output),
+    }
+}

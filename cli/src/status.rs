@@ -1,0 +1,85 @@
+//! `skerry status`: the fleet at a glance.
+
+use crate::fault::hinted;
+use crate::{Output, cluster, table};
+use anyhow::Result;
+use skerry_reconciler::{FleetStatus, status};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Characters of a revision that a person needs.
+const REVISION_LEN: usize = 8;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Only this site
+    #[arg(long)]
+    site: Option<String>,
+}
+
+/// Prints sites and releases. Exit code 1 when the fleet, or what was asked for of it, is not ready.
+pub(crate) async fn run(
+    args: Args,
+    kubeconfig: Option<PathBuf>,
+    output: Output,
+) -> Result<ExitCode> {
+    let client = cluster::connect(kubeconfig).await?;
+    let mut fleet = status(client).await.map_err(|error| match error.hint() {
+        Some(hint) => hinted(error.to_string(), hint),
+        None => error.into(),
+    })?;
+    let ready = match &args.site {
+        None => fleet.ready,
+        Some(site) => {
+            fleet.sites.retain(|row| row.site == *site);
+            fleet.releases.retain(|row| row.site == *site);
+            if fleet.sites.is_empty() {
+                let hint = "`skerry status` lists all sites";
+                return Err(hinted(format!("the fleet has no site `{site}`"), hint));
+            }
+            fleet.releases.iter().all(|row| row.health == "Ready")
+        }
+    };
+    match output {
+        Output::Table => print(&fleet),
+        Output::Json => println!("{}", serde_json::to_string(&fleet)?),
+    }
+    Ok(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn print(fleet: &FleetStatus) {
+    let revision = short(fleet.revision.as_deref());
+    println!("Fleet of {} at {}, {revision}: {}\n", fleet.remote, fleet.branch, fleet.message);
+    for problem in &fleet.problems {
+        println!("problem: {problem}");
+        if let Some(hint) = &problem.hint {
+            println!("   hint: {hint}");
+        }
+    }
+    if !fleet.problems.is_empty() {
+        println!();
+    }
+    let sites = fleet.sites.iter().map(|row| {
+        let nodes = format!("{}/{}", row.nodes_ready, row.nodes_total);
+        vec![row.site.clone(), row.health.clone(), nodes, row.age.clone(), row.message.clone()]
+    });
+    table::print(&["SITE", "HEALTH", "NODES", "AGE", "MESSAGE"], &sites.collect::<Vec<_>>());
+    println!();
+    let releases = fleet.releases.iter().map(|row| {
+        vec![
+            row.site.clone(),
+            row.app.clone(),
+            short(row.revision.as_deref()).to_owned(),
+            format!("{}/{}", row.pods_ready, row.pods_total),
+            row.health.clone(),
+            row.age.clone(),
+            row.message.clone(),
+        ]
+    });
+    let header = ["SITE", "APP", "REVISION", "PODS", "HEALTH", "AGE", "MESSAGE"];
+    table::print(&header, &releases.collect::<Vec<_>>());
+}
+
+fn short(revision: Option<&str>) -> &str {
+    revision.map_or("-", |revision| revision.get(..REVISION_LEN).unwrap_or(revision))
+}

@@ -1,0 +1,347 @@
+//! `skerry up`: a whole fleet on this machine.
+//!
+//! API server, CloudCore and reconciler run in this process; each edge node is a containerd and an `edgecore` of its
+//! own below one folder. Everything that is started here is stopped here, also when a later step fails.
+
+use crate::fault::hinted;
+use crate::site::{Endpoints, Node};
+use crate::{Output, seed};
+use anyhow::{Context, Result};
+use serde_json::json;
+use skerry_apiserver::{ApiServer, Durability, NodeStream, NodeStreamError, NodeStreams};
+use skerry_cloudcore::{CloudCore, StreamError};
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// How often the reconciler looks at the local remote's branch, which costs one small read.
+const POLL: Duration = Duration::from_millis(250);
+/// Longest wait for the services to stop, before the process ends all the same.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Folder of everything that runs: databases, keys, Git remote, nodes
+    #[arg(long)]
+    dir: PathBuf,
+    /// Fleet folder that the Git remote is made from, when there is none yet
+    #[arg(long)]
+    template: Option<PathBuf>,
+    /// Folder of image archives (OCI layouts in tar files) that the nodes load
+    #[arg(long)]
+    images: Option<PathBuf>,
+    /// Program of the agent (default: `edgecore` beside this program)
+    #[arg(long)]
+    edgecore: Option<PathBuf>,
+    /// Edge nodes to run here, by name; `none` for no node
+    #[arg(long = "node", default_value = "lisbon-01-a")]
+    nodes: Vec<String>,
+    /// Where the Kubernetes API listens
+    #[arg(long, default_value = "127.0.0.1:6443")]
+    api_listen: SocketAddr,
+    /// Where the hub listens
+    #[arg(long, default_value = "127.0.0.1:10000")]
+    hub_listen: SocketAddr,
+    /// Where nodes enrol
+    #[arg(long, default_value = "127.0.0.1:10002")]
+    enrol_listen: SocketAddr,
+    /// Where the nodes' log tunnels arrive
+    #[arg(long, default_value = "127.0.0.1:10004")]
+    tunnel_listen: SocketAddr,
+    /// What the nodes dial instead of the three addresses above: HUB,ENROL,TUNNEL
+    #[arg(long, value_delimiter = ',')]
+    node_endpoints: Option<Vec<SocketAddr>>,
+}
+
+/// Starts everything, says so, waits for Ctrl-C, stops everything.
+pub(crate) async fn run(args: Args, output: Output) -> Result<ExitCode> {
+    let start = Instant::now();
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    std::fs::create_dir_all(&args.dir)
+        .with_context(|| format!("could not make the folder `{}`", args.dir.display()))?;
+    let dir = args.dir.canonicalize()?;
+    let _lock = lock(&dir)?;
+    let facts = dir.join("up.json");
+    remove_if_there(&facts)?;
+
+    let mut stack = tokio::select! {
+        stack = Stack::start(&args, &dir) => stack?,
+        _ = interrupt.recv() => return Ok(ExitCode::SUCCESS),
+        _ = terminate.recv() => return Ok(ExitCode::SUCCESS),
+    };
+    let outcome = async {
+        tokio::select! {
+            started = stack.start_nodes(&args, &dir) => started?,
+            _ = interrupt.recv() => return Ok(()),
+            _ = terminate.recv() => return Ok(()),
+        }
+        let description = stack.describe(&dir);
+        write_whole(&facts, &serde_json::to_vec_pretty(&description)?)?;
+        match output {
+            Output::Json => println!("{description}"),
+            Output::Table => guide(&description, start.elapsed()),
+        }
+        tokio::select! {
+            _ = interrupt.recv() => Ok(()),
+            _ = terminate.recv() => Ok(()),
+            error = stack.failed() => Err(error),
+        }
+    }
+    .await;
+    eprintln!("skerry: stopping");
+    let stopped = stack.stop().await;
+    remove_if_there(&facts)?;
+    outcome.and(stopped)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Everything that runs.
+struct Stack {
+    api: ApiServer,
+    cloud: CloudCore,
+    reconciler: tokio::task::JoinHandle<Result<()>>,
+    stop: CancellationToken,
+    nodes: Vec<Node>,
+    kubeconfig: PathBuf,
+    remote: PathBuf,
+}
+
+impl Stack {
+    async fn start(args: &Args, dir: &Path) -> Result<Self> {
+        let remote = dir.join("fleet.git");
+        let template = args.template.as_deref().map(Path::canonicalize).transpose();
+        let template = template.context("could not find the template folder")?;
+        seed::remote(&remote, template.as_deref()).await?;
+
+        let streams = Arc::new(TunnelStreams::default());
+        let api = ApiServer::start(skerry_apiserver::Config {
+            dir: dir.join("api"),
+            listen: free(args.api_listen),
+            hostnames: vec!["localhost".into(), "127.0.0.1".into()],
+            node_streams: Some(Arc::clone(&streams) as Arc<dyn NodeStreams>),
+            durability: Durability::Full,
+            controllers: true,
+        })
+        .await?;
+        let kubeconfig = dir.join("kubeconfig");
+        let admin = api.kubeconfig("admin", &["system:masters"])?;
+        write_secret(&kubeconfig, admin.as_bytes())?;
+
+        let cloud = CloudCore::start(
+            api.client("system:cloudcore", &["skerry:cloudcore"]),
+            skerry_cloudcore::Config {
+                hub: free(args.hub_listen),
+                enrol: free(args.enrol_listen),
+                tunnel: free(args.tunnel_listen),
+                advertise: vec!["localhost".into(), "127.0.0.1".into()],
+                dir: None,
+            },
+        )
+        .await?;
+        // Set once, here: the API server had to exist before the hub.
+        let _ = streams.cloud.set(cloud.streams());
+
+        let stop = CancellationToken::new();
+        let reconciler = tokio::spawn({
+            let client = api.client("system:reconciler", &["skerry:reconciler"]);
+            let config = skerry_reconciler::Config {
+                remote: remote.to_string_lossy().into_owned(),
+                branch: seed::BRANCH.into(),
+                dir: dir.join("reconciler"),
+                poll: POLL,
+            };
+            let stop = stop.clone();
+            async move { Ok(skerry_reconciler::run(client, config, stop).await?) }
+        });
+        Ok(Self { api, cloud, reconciler, stop, nodes: Vec::new(), kubeconfig, remote })
+    }
+
+    async fn start_nodes(&mut self, args: &Args, dir: &Path) -> Result<()> {
+        let names: Vec<&String> = args.nodes.iter().filter(|name| *name != "none").collect();
+        if names.is_empty() {
+            return Ok(());
+        }
+        let edgecore = match &args.edgecore {
+            Some(program) => program.canonicalize(),
+            None => std::env::current_exe().map(|program| program.with_file_name("edgecore")),
+        }
+        .context("could not find the agent's program")?;
+        let endpoints = match args.node_endpoints.as_deref() {
+            Some(&[hub, enrol, tunnel]) => Endpoints { hub, enrol, tunnel },
+            Some(_) => {
+                let hint = "for example 127.0.0.1:1,127.0.0.1:2,127.0.0.1:3";
+                return Err(hinted("--node-endpoints takes three addresses", hint));
+            }
+            None => Endpoints {
+                hub: self.cloud.hub_addr(),
+                enrol: self.cloud.enrol_addr(),
+                tunnel: self.cloud.tunnel_addr(),
+            },
+        };
+        // With a relay between, enrolment may need the hub's addresses before everything is up.
+        write_whole(&dir.join("up.json"), &serde_json::to_vec_pretty(&self.addresses())?)?;
+        for name in names {
+            let mut node = Node::start(dir, name, args.images.as_deref()).await?;
+            let token = if node.is_enrolled() {
+                None
+            } else {
+                let client = self.api.client("admin", &["system:masters"]);
+                let ttl = Duration::from_secs(3600);
+                Some(skerry_cloudcore::create_token(&client, name, ttl).await?.to_string())
+            };
+            let run = node.run_agent(&edgecore, &endpoints, token);
+            self.nodes.push(node);
+            run?;
+        }
+        Ok(())
+    }
+
+    fn addresses(&self) -> serde_json::Value {
+        json!({
+            "ready": false,
+            "hub": self.cloud.hub_addr().to_string(),
+            "enrol": self.cloud.enrol_addr().to_string(),
+            "tunnel": self.cloud.tunnel_addr().to_string(),
+        })
+    }
+
+    /// What `up.json` says, for people's scripts and our own tests.
+    fn describe(&self, dir: &Path) -> serde_json::Value {
+        let mut facts = self.addresses();
+        facts["ready"] = true.into();
+        facts["pid"] = std::process::id().into();
+        facts["dir"] = dir.to_string_lossy().into();
+        facts["api"] = format!("https://{}", self.api.addr()).into();
+        facts["kubeconfig"] = self.kubeconfig.to_string_lossy().into();
+        facts["remote"] = self.remote.to_string_lossy().into();
+        facts["branch"] = seed::BRANCH.into();
+        facts["nodes"] = self.nodes.iter().map(Node::describe).collect();
+        facts
+    }
+
+    /// Returns when the reconciler ended by itself, which it does only when it cannot go on.
+    async fn failed(&mut self) -> anyhow::Error {
+        match (&mut self.reconciler).await {
+            Ok(Ok(())) => anyhow::anyhow!("the reconciler ended"),
+            Ok(Err(error)) => error.context("the reconciler ended"),
+            Err(panic) => anyhow::Error::new(panic).context("the reconciler ended"),
+        }
+    }
+
+    /// Stops the nodes first, so that nothing waits for a hub that is gone.
+    async fn stop(self) -> Result<()> {
+        let mut outcome = Ok(());
+        for node in self.nodes {
+            outcome = outcome.and(node.stop().await);
+        }
+        self.stop.cancel();
+        let services = async {
+            // Ended already, by cancellation or by an error that was reported where it happened.
+            let _ = self.reconciler.await;
+            self.cloud.shutdown().await;
+            self.api.shutdown().await;
+        };
+        if tokio::time::timeout(STOP_LIMIT, services).await.is_err() {
+            eprintln!("skerry: the services did not stop within {} s", STOP_LIMIT.as_secs());
+        }
+        outcome
+    }
+}
+
+/// Hands `kubectl logs` to the tunnel of the node that has them.
+#[derive(Default)]
+struct TunnelStreams {
+    cloud: OnceLock<skerry_cloudcore::Streams>,
+}
+
+impl NodeStreams for TunnelStreams {
+    fn open(
+        &self,
+        node: &str,
+        path_and_query: &str,
+    ) -> futures::future::BoxFuture<'static, Result<NodeStream, NodeStreamError>> {
+        let streams = self.cloud.get().cloned();
+        let (node, path) = (node.to_owned(), path_and_query.to_owned());
+        Box::pin(async move {
+            let Some(streams) = streams else {
+                return Err(NodeStreamError::NotConnected { node });
+            };
+            match streams.open(&node, &path).await {
+                Ok(stream) => Ok(NodeStream { status: 200, body: Box::pin(stream) }),
+                Err(StreamError::NotConnected { node }) => {
+                    Err(NodeStreamError::NotConnected { node })
+                }
+                Err(error) => Err(NodeStreamError::Failed { node, detail: error.to_string() }),
+            }
+        })
+    }
+}
+
+fn guide(facts: &serde_json::Value, took: Duration) {
+    let text = |pointer: &str| facts.pointer(pointer).and_then(|v| v.as_str()).unwrap_or("-");
+    let skerry = std::env::current_exe()
+        .map_or_else(|_| "skerry".into(), |program| program.to_string_lossy().into_owned());
+    let kubeconfig = text("/kubeconfig");
+    println!("Skerry is up after {:.1} s.\n", took.as_secs_f64());
+    println!("  clone    git clone {} my-fleet", text("/remote"));
+    println!("  push     change a file, git commit -a, git push");
+    println!("  look     {skerry} --kubeconfig {kubeconfig} status");
+    println!("           kubectl --kubeconfig {kubeconfig} get pods -A");
+    for node in facts["nodes"].as_array().into_iter().flatten() {
+        let text = |key: &str| node[key].as_str().unwrap_or("-");
+        println!("  node     {}, its log is {}", text("name"), text("log"));
+    }
+    println!("  stop     Ctrl-C\n");
+}
+
+/// The address itself, or a free port of the same host when somebody listens there already.
+fn free(wanted: SocketAddr) -> SocketAddr {
+    if TcpListener::bind(wanted).is_ok() {
+        return wanted;
+    }
+    eprintln!("skerry: {wanted} is in use; taking a free port instead");
+    SocketAddr::new(wanted.ip(), 0)
+}
+
+/// One `skerry up` per folder.
+fn lock(dir: &Path) -> Result<std::fs::File> {
+    let file = std::fs::File::create(dir.join("lock"))?;
+    file.try_lock().map_err(|_| {
+        hinted(
+            format!("another `skerry up` runs in `{}`", dir.display()),
+            "stop it, or give this one a folder of its own with --dir",
+        )
+    })?;
+    Ok(file)
+}
+
+fn remove_if_there(file: &Path) -> Result<()> {
+    match std::fs::remove_file(file) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Writes beside and renames, so that a reader sees the old or the new text.
+pub(crate) fn write_whole(file: &Path, bytes: &[u8]) -> Result<()> {
+    let half = file.with_extension("half");
+    std::fs::write(&half, bytes)?;
+    std::fs::rename(&half, file).with_context(|| format!("could not write {}", file.display()))
+}
+
+/// The same for a file that only its owner may read.
+pub(crate) fn write_secret(file: &Path, bytes: &[u8]) -> Result<()> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let half = file.with_extension("half");
+    remove_if_there(&half)?;
+    let mut open = std::fs::OpenOptions::new();
+    let mut handle = open.write(true).create_new(true).mode(0o600).open(&half)?;
+    handle.write_all(bytes)?;
+    std::fs::rename(&half, file).with_context(|| format!("could not write {}", file.display()))
+}

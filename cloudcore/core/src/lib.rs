@@ -1,0 +1,11 @@
+//! CloudCore's decisions: what each node should have, and who may join.
+//!
+//! [`downstream::Downstream`] turns what the Kubernetes API says and what nodes say into messages for nodes.
+//! [`enrol`] has the rules for join tokens and certificate requests. The shell (`cloudcore/`) is the caller. Nothing
+//! here opens a socket, asks an API or looks at a clock.
+
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
+pub mod downstream;
+pub mod enrol;
+pub mod references;

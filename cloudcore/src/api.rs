@@ -1,0 +1,58 @@
+//! Small words about the Kubernetes API that several files need.
+
+use kube::api::{Api, ApiResource, DynamicObject};
+use serde_json::Value;
+use skerry_cloudcore_core::downstream::Kind;
+
+/// Objects of `v1`, untyped, so that no field is lost on the way through.
+pub(crate) fn resource(kind: &str, plural: &str) -> ApiResource {
+    ApiResource {
+        group: String::new(),
+        version: "v1".into(),
+        api_version: "v1".into(),
+        kind: kind.into(),
+        plural: plural.into(),
+    }
+}
+
+/// The objects of a kind that goes down, in one namespace; `null` for a kind without.
+pub(crate) fn objects(client: &kube::Client, kind: Kind, namespace: &str) -> Api<DynamicObject> {
+    let resource = resource_of(kind);
+    match kind {
+        Kind::Node => Api::all_with(client.clone(), &resource),
+        _ => Api::namespaced_with(client.clone(), namespace, &resource),
+    }
+}
+
+/// The objects of a kind that goes down, in all namespaces.
+pub(crate) fn all_objects(client: &kube::Client, kind: Kind) -> Api<DynamicObject> {
+    Api::all_with(client.clone(), &resource_of(kind))
+}
+
+fn resource_of(kind: Kind) -> ApiResource {
+    let plural = match kind {
+        Kind::Node => "nodes",
+        Kind::ConfigMap => "configmaps",
+        Kind::Secret => "secrets",
+        Kind::Pod => "pods",
+    };
+    resource(kind.api_kind(), plural)
+}
+
+/// An object as JSON, without `managedFields`.
+pub(crate) fn to_json(mut object: DynamicObject) -> Value {
+    object.metadata.managed_fields = None;
+    serde_json::to_value(object).expect("objects have only string keys")
+}
+
+pub(crate) fn is_not_found(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 404)
+}
+
+pub(crate) fn is_already_exists(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.reason == "AlreadyExists")
+}
+
+pub(crate) fn is_conflict(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.reason == "Conflict")
+}

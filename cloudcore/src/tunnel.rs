@@ -1,0 +1,342 @@
+//! Streams from nodes: the tunnel listener, and the log streams that run over it.
+//!
+//! A node keeps one WebSocket open; every stream is a numbered connection in it. Frames are Binary messages. Text
+//! messages are read as well, as far as they are valid text; a KubeEdge edge puts arbitrary bytes there, which this
+//! WebSocket library refuses, so logs of a KubeEdge edge are not available yet.
+//!
+//! Source: kubeedge/kubeedge, cloud/pkg/cloudstream.
+
+use crate::listen::HANDSHAKE_TIMEOUT;
+use crate::session::websocket_config;
+use crate::tls;
+use bytes::Bytes;
+use futures::{SinkExt, Stream, StreamExt};
+use http::StatusCode;
+use skerry_protocol::tunnel::{Connect, Frame, FrameKind, NODE_HEADER, PATH};
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, oneshot};
+use tokio_rustls::server::TlsStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message as WsMessage;
+use tokio_tungstenite::tungstenite::handshake::server::{ErrorResponse, Request, Response};
+use tokio_util::sync::CancellationToken;
+
+/// A node pings every 5 s; a tunnel without a word for this long is dead.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Frames of one stream that its reader has not taken yet.
+const STREAM_FRAMES_MAX: usize = 256;
+/// A reader that takes nothing for this long loses its stream, as it holds up all others of the node.
+const READER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Streams of one node at a time.
+const STREAMS_MAX: usize = 256;
+/// Requests to one tunnel that it has not taken yet.
+const COMMANDS_MAX: usize = 64;
+const WRITE_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Why there is no stream.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StreamError {
+    /// The node has no tunnel open; it may be offline.
+    #[error("node `{node}` is not connected")]
+    NotConnected {
+        /// Its name.
+        node: String,
+    },
+    /// Only container logs for now.
+    #[error("`{path}` is not available over the tunnel yet, only /containerLogs is")]
+    Unsupported {
+        /// What was asked for.
+        path: String,
+    },
+    /// The node has as many streams open as it may.
+    #[error("node `{node}` has {STREAMS_MAX} streams open already")]
+    TooMany {
+        /// Its name.
+        node: String,
+    },
+}
+
+/// Opens streams from connected nodes. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Streams {
+    tunnels: Arc<Mutex<Tunnels>>,
+}
+
+#[derive(Default)]
+struct Tunnels {
+    next: u64,
+    by_node: HashMap<String, (u64, mpsc::Sender<Command>)>,
+}
+
+enum Command {
+    Open { path_and_query: String, answer: oneshot::Sender<Option<NodeStream>> },
+    Remove(u64),
+}
+
+/// Bytes of one stream, in order, until the node ends it. Dropping it ends the stream on the node.
+pub struct NodeStream {
+    connection: u64,
+    commands: mpsc::Sender<Command>,
+    data: mpsc::Receiver<Bytes>,
+    /// Why the stream ended before the node said so.
+    cut: Arc<OnceLock<&'static str>>,
+    told: bool,
+}
+
+impl Stream for NodeStream {
+    type Item = io::Result<Bytes>;
+
+    /// A stream that was cut ends with an error, so that it is not taken for a whole one.
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if let Some(data) = std::task::ready!(self.data.poll_recv(cx)) {
+            return Poll::Ready(Some(Ok(data)));
+        }
+        let reason = self.cut.get().copied().filter(|_| !self.told);
+        self.told = true;
+        let cut = |reason| Err(io::Error::new(io::ErrorKind::ConnectionAborted, reason));
+        Poll::Ready(reason.map(cut))
+    }
+}
+
+impl Drop for NodeStream {
+    fn drop(&mut self) {
+        // When the tunnel is too busy to take this, it notices at the stream's next frame.
+        let _ = self.commands.try_send(Command::Remove(self.connection));
+    }
+}
+
+impl Streams {
+    /// Opens a stream for a path of the node's kubelet API, such as `/containerLogs/ns/pod/container?follow=true`.
+    ///
+    /// What the node answers comes as bytes of the stream, a refusal included: the tunnel carries no status.
+    ///
+    /// # Errors
+    ///
+    /// [`StreamError`], at once and without a word to the node.
+    pub async fn open(&self, node: &str, path_and_query: &str) -> Result<NodeStream, StreamError> {
+        if !path_and_query.starts_with("/containerLogs/") {
+            return Err(StreamError::Unsupported { path: path_and_query.into() });
+        }
+        let not_connected = || StreamError::NotConnected { node: node.into() };
+        let commands = {
+            let tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+            tunnels.by_node.get(node).map(|(_, commands)| commands.clone())
+        };
+        let commands = commands.ok_or_else(not_connected)?;
+        let (answer, opened) = oneshot::channel();
+        let open = Command::Open { path_and_query: path_and_query.into(), answer };
+        commands.send(open).await.map_err(|_| not_connected())?;
+        match opened.await {
+            Ok(Some(stream)) => Ok(stream),
+            Ok(None) => Err(StreamError::TooMany { node: node.into() }),
+            Err(_) => Err(not_connected()),
+        }
+    }
+
+    /// The nodes with an open tunnel.
+    pub fn nodes(&self) -> Vec<String> {
+        let tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+        tunnels.by_node.keys().cloned().collect()
+    }
+
+    /// Serves one connection of the tunnel listener.
+    pub(crate) async fn serve(
+        self,
+        stream: TlsStream<TcpStream>,
+        peer: SocketAddr,
+        stop: CancellationToken,
+    ) {
+        let certificate_node = tls::peer_node(stream.get_ref().1);
+        let check = |request: &Request, response: Response| {
+            let header = request.headers().get(NODE_HEADER).and_then(|value| value.to_str().ok());
+            let (status, text) = match (&certificate_node, header) {
+                _ if request.uri().path() != PATH => {
+                    (StatusCode::NOT_FOUND, format!("there is only {PATH} here"))
+                }
+                (None, _) => {
+                    (StatusCode::FORBIDDEN, "the client certificate names no node".to_owned())
+                }
+                (Some(_), None) => {
+                    (StatusCode::BAD_REQUEST, format!("header `{NODE_HEADER}` is missing"))
+                }
+                (Some(certificate), Some(node)) if certificate != node => {
+                    let text = format!(
+                        "the client certificate is for node `{certificate}`, not for node `{node}`"
+                    );
+                    (StatusCode::FORBIDDEN, text)
+                }
+                _ => return Ok(response),
+            };
+            let mut refusal = ErrorResponse::new(Some(text));
+            *refusal.status_mut() = status;
+            Err(refusal)
+        };
+        let handshake = tokio_tungstenite::accept_hdr_async_with_config(
+            stream,
+            check,
+            Some(websocket_config()),
+        );
+        let socket = match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await {
+            Ok(Ok(socket)) => socket,
+            Ok(Err(error)) => {
+                tracing::warn!(%peer, certificate = certificate_node, %error, "tunnel refused");
+                return;
+            }
+            Err(_) => return,
+        };
+        let node = certificate_node.expect("the handshake was refused without one");
+        let (commands, received) = mpsc::channel(COMMANDS_MAX);
+        let id = {
+            let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+            tunnels.next += 1;
+            let id = tunnels.next;
+            // A later tunnel takes the place of an earlier one, which sees that nobody can ask it any more.
+            tunnels.by_node.insert(node.clone(), (id, commands.clone()));
+            id
+        };
+        tracing::info!(node, tunnel = id, %peer, "tunnel open");
+        let mut tunnel =
+            Tunnel { socket, commands: commands.downgrade(), streams: HashMap::new(), next: 1 };
+        drop(commands);
+        let reason = tunnel.run(received, &stop).await;
+        let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+        if tunnels.by_node.get(&node).is_some_and(|(current, _)| *current == id) {
+            tunnels.by_node.remove(&node);
+        }
+        tracing::info!(node, tunnel = id, reason, "tunnel closed");
+    }
+}
+
+/// The owner of one tunnel.
+struct Tunnel {
+    socket: WebSocketStream<TlsStream<TcpStream>>,
+    /// Weak, so that the tunnel ends when nobody can open a stream on it and none is open.
+    commands: mpsc::WeakSender<Command>,
+    streams: HashMap<u64, Reader>,
+    next: u64,
+}
+
+/// The reader of one stream.
+struct Reader {
+    data: mpsc::Sender<Bytes>,
+    cut: Arc<OnceLock<&'static str>>,
+}
+
+impl Tunnel {
+    async fn run(
+        &mut self,
+        mut commands: mpsc::Receiver<Command>,
+        stop: &CancellationToken,
+    ) -> &'static str {
+        loop {
+            let idle = tokio::time::sleep(IDLE_TIMEOUT);
+            let step = tokio::select! {
+                () = stop.cancelled() => Err("cloudcore is stopping"),
+                command = commands.recv() => match command {
+                    Some(Command::Open { path_and_query, answer }) => self.open(&path_and_query, answer).await,
+                    Some(Command::Remove(connection)) => self.remove(connection).await,
+                    None => Err("the node opened a new tunnel"),
+                },
+                message = self.socket.next() => match message {
+                    Some(Ok(WsMessage::Binary(bytes))) => self.receive(&bytes).await,
+                    Some(Ok(WsMessage::Text(text))) => self.receive(text.as_bytes()).await,
+                    // The library answers pings with the next write.
+                    Some(Ok(WsMessage::Ping(_))) => self.socket.flush().await.map_err(|_| "the connection broke"),
+                    Some(Ok(WsMessage::Pong(_) | WsMessage::Frame(_))) => Ok(()),
+                    Some(Ok(WsMessage::Close(_))) | None => Err("the node closed it"),
+                    Some(Err(error)) => {
+                        tracing::info!(%error, "a tunnel broke");
+                        Err("the connection broke")
+                    }
+                },
+                () = idle => Err("the node is silent"),
+            };
+            if let Err(reason) = step {
+                for (_, reader) in self.streams.drain() {
+                    let _ = reader.cut.set(reason);
+                }
+                let close = self.socket.close(None);
+                let _ = tokio::time::timeout(Duration::from_secs(1), close).await;
+                return reason;
+            }
+        }
+    }
+
+    async fn open(
+        &mut self,
+        path_and_query: &str,
+        answer: oneshot::Sender<Option<NodeStream>>,
+    ) -> Result<(), &'static str> {
+        let Some(commands) = self.commands.upgrade() else { return Ok(()) };
+        if self.streams.len() >= STREAMS_MAX {
+            let _ = answer.send(None);
+            return Ok(());
+        }
+        let connection = self.next;
+        self.next += 1;
+        let (sender, data) = mpsc::channel(STREAM_FRAMES_MAX);
+        let cut = Arc::new(OnceLock::new());
+        self.streams.insert(connection, Reader { data: sender, cut: Arc::clone(&cut) });
+        let connect = Connect::get(connection, path_and_query);
+        let json = serde_json::to_vec(&connect).expect("string keys");
+        self.write(Frame::new(connection, FrameKind::LogsConnect, json)).await?;
+        // When nobody waits any more, dropping the stream removes it again.
+        let _ = answer.send(Some(NodeStream { connection, commands, data, cut, told: false }));
+        Ok(())
+    }
+
+    /// Ends a stream that has no reader any more; the node is told once.
+    async fn remove(&mut self, connection: u64) -> Result<(), &'static str> {
+        if self.streams.remove(&connection).is_none() {
+            return Ok(());
+        }
+        self.write(Frame::new(connection, FrameKind::RemoveConnect, [])).await
+    }
+
+    async fn receive(&mut self, bytes: &[u8]) -> Result<(), &'static str> {
+        let frame = match Frame::decode(bytes) {
+            Ok(frame) => frame,
+            Err(error) => {
+                tracing::warn!(%error, "a frame of a tunnel was not readable");
+                return Ok(());
+            }
+        };
+        match frame.kind {
+            FrameKind::Data => {
+                let Some(reader) = self.streams.get(&frame.connection) else { return Ok(()) };
+                let write = reader.data.send(Bytes::from(frame.data));
+                match tokio::time::timeout(READER_TIMEOUT, write).await {
+                    Ok(Ok(())) => return Ok(()),
+                    Ok(Err(_)) => {}
+                    Err(_) => {
+                        let _ = reader.cut.set("the reader was too slow");
+                    }
+                }
+                self.remove(frame.connection).await
+            }
+            FrameKind::RemoveConnect => {
+                self.streams.remove(&frame.connection);
+                Ok(())
+            }
+            FrameKind::CloseConnect => Err("the node ended it"),
+            _ => Ok(()),
+        }
+    }
+
+    async fn write(&mut self, frame: Frame) -> Result<(), &'static str> {
+        let write = self.socket.send(WsMessage::binary(frame.encode()));
+        match tokio::time::timeout(WRITE_TIMEOUT, write).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err("the connection broke"),
+            Err(_) => Err("the node does not read"),
+        }
+    }
+}

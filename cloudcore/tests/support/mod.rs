@@ -1,0 +1,449 @@
+//! A cluster with the embedded API, and a node that speaks the protocol by hand.
+
+// Each test file uses a part of it.
+#![allow(dead_code, unreachable_pub)]
+
+use bytes::Bytes;
+use futures::{SinkExt, StreamExt};
+use http_body_util::{BodyExt, Full};
+use hyper_util::rt::TokioIo;
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Secret};
+use kube::api::{Api, PostParams};
+use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PKCS_ECDSA_P256_SHA256};
+use rustls::RootCertStore;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use skerry_apiserver::{ApiServer, Durability};
+use skerry_cloudcore::{CloudCore, Config, JoinToken, create_token};
+use skerry_protocol::capability::{self, Capabilities};
+use skerry_protocol::delivery::ack_required;
+use skerry_protocol::{Message, Operation};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::{Error as WsError, Message as WsMessage};
+
+/// No step of a test takes longer on a working machine.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+const ANY: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
+
+/// An API server, CloudCore, and an administrator.
+pub struct Cluster {
+    pub api: ApiServer,
+    pub cloud: CloudCore,
+    pub admin: kube::Client,
+    _dir: tempfile::TempDir,
+}
+
+impl Cluster {
+    pub async fn start() -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        let config = skerry_apiserver::Config {
+            dir: dir.path().into(),
+            listen: ANY.into(),
+            hostnames: vec!["127.0.0.1".into()],
+            node_streams: None,
+            durability: Durability::Relaxed,
+            controllers: false,
+        };
+        let api = ApiServer::start(config).await.expect("the API starts");
+        let admin = api.client("admin", &["system:masters"]);
+        let cloud = start_cloud(&api, &["127.0.0.1"]).await;
+        Self { api, cloud, admin, _dir: dir }
+    }
+
+    /// Stops CloudCore and starts it again, with these names.
+    pub async fn restart_cloud(self, advertise: &[&str]) -> Self {
+        let Self { api, cloud, admin, _dir } = self;
+        cloud.shutdown().await;
+        let cloud = start_cloud(&api, advertise).await;
+        Self { api, cloud, admin, _dir }
+    }
+
+    pub async fn stop(self) {
+        self.cloud.shutdown().await;
+        self.api.shutdown().await;
+    }
+
+    pub async fn token(&self, node: &str) -> JoinToken {
+        create_token(&self.admin, node, Duration::from_secs(600)).await.expect("a token")
+    }
+
+    /// A node with a certificate.
+    pub async fn enrolled(&self, node: &str) -> Identity {
+        let token = self.token(node).await;
+        let identity = Identity::new(node);
+        let answer = identity.join(self, &token).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        identity.with_certificate(answer.body)
+    }
+
+    pub async fn ca(&self) -> CertificateDer<'static> {
+        let request = http::Request::get("/ca.crt").body(Full::default()).expect("a request");
+        CertificateDer::from(fetch(self.cloud.enrol_addr(), None, request).await.body.to_vec())
+    }
+
+    pub fn pods(&self) -> Api<Pod> {
+        Api::namespaced(self.admin.clone(), "default")
+    }
+
+    pub fn configs(&self) -> Api<ConfigMap> {
+        Api::namespaced(self.admin.clone(), "default")
+    }
+
+    pub fn secrets(&self, namespace: &str) -> Api<Secret> {
+        Api::namespaced(self.admin.clone(), namespace)
+    }
+
+    pub fn nodes(&self) -> Api<Node> {
+        Api::all(self.admin.clone())
+    }
+
+    pub async fn create_pod(&self, name: &str, node: &str, config: &str) {
+        let pod = from(json!({"metadata": {"name": name}, "spec": {
+            "nodeName": node, "automountServiceAccountToken": false,
+            "containers": [{"name": "c", "image": "busybox",
+                "envFrom": [{"configMapRef": {"name": config}}]}]}}));
+        self.pods().create(&PostParams::default(), &pod).await.expect("the pod is created");
+    }
+
+    pub async fn create_config(&self, name: &str, value: &str) {
+        let config = from(json!({"metadata": {"name": name}, "data": {"key": value}}));
+        let created = self.configs().create(&PostParams::default(), &config).await;
+        created.expect("the config is created");
+    }
+}
+
+async fn start_cloud(api: &ApiServer, advertise: &[&str]) -> CloudCore {
+    let config = Config {
+        hub: ANY.into(),
+        enrol: ANY.into(),
+        tunnel: ANY.into(),
+        advertise: advertise.iter().map(|name| (*name).into()).collect(),
+        dir: None,
+    };
+    let client = api.client("cloudcore", &["skerry:cloudcore"]);
+    CloudCore::start(client, config).await.expect("cloudcore starts")
+}
+
+pub fn from<T: DeserializeOwned>(value: Value) -> T {
+    serde_json::from_value(value).expect("the test's own object")
+}
+
+/// A node's key, and its certificate once it has one.
+pub struct Identity {
+    pub node: String,
+    pub key: KeyPair,
+    pub certificate: Option<CertificateDer<'static>>,
+}
+
+/// An HTTP answer.
+pub struct Answer {
+    pub status: u16,
+    pub body: Bytes,
+}
+
+impl Answer {
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+}
+
+impl Identity {
+    pub fn new(node: &str) -> Self {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).expect("a key");
+        Self { node: node.into(), key, certificate: None }
+    }
+
+    pub fn with_certificate(self, der: Bytes) -> Self {
+        Self { certificate: Some(CertificateDer::from(der.to_vec())), ..self }
+    }
+
+    /// A CSR with KubeEdge's subject for this node.
+    pub fn csr(&self, common_name: &str) -> Vec<u8> {
+        let mut params = CertificateParams::default();
+        let mut subject = DistinguishedName::new();
+        subject.push(DnType::CountryName, "CN");
+        subject.push(DnType::OrganizationName, "system:nodes");
+        subject.push(DnType::CommonName, common_name);
+        params.distinguished_name = subject;
+        params.serialize_request(&self.key).expect("a CSR").der().to_vec()
+    }
+
+    /// Asks for a certificate as a new node does.
+    pub async fn join(&self, cluster: &Cluster, token: &JoinToken) -> Answer {
+        let bearer = format!("Bearer {}", token.jwt());
+        let csr = self.csr(&format!("system:node:{}", self.node));
+        self.ask(cluster, Some(&bearer), csr).await
+    }
+
+    pub async fn ask(
+        &self,
+        cluster: &Cluster,
+        authorization: Option<&str>,
+        csr: Vec<u8>,
+    ) -> Answer {
+        let mut request = http::Request::get("/edge.crt").header("NodeName", &self.node);
+        if let Some(authorization) = authorization {
+            request = request.header("Authorization", authorization);
+        }
+        let request = request.body(Full::from(csr)).expect("a request");
+        let trust = (cluster.ca().await, self);
+        fetch(cluster.cloud.enrol_addr(), Some(trust), request).await
+    }
+
+    fn client(&self, ca: CertificateDer<'static>) -> TlsConnector {
+        let mut roots = RootCertStore::empty();
+        roots.add(ca).expect("a CA");
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_root_certificates(roots);
+        let config = match &self.certificate {
+            None => config.with_no_client_auth(),
+            Some(certificate) => {
+                let key = PrivatePkcs8KeyDer::from(self.key.serialize_der());
+                let key = PrivateKeyDer::from(key);
+                config.with_client_auth_cert(vec![certificate.clone()], key).expect("a key pair")
+            }
+        };
+        TlsConnector::from(Arc::new(config))
+    }
+
+    pub async fn tls(
+        &self,
+        ca: CertificateDer<'static>,
+        address: SocketAddr,
+    ) -> std::io::Result<TlsStream<TcpStream>> {
+        let stream = TcpStream::connect(address).await?;
+        self.client(ca).connect(server_name(), stream).await
+    }
+
+    /// Opens the hub's WebSocket as `node_id`.
+    pub async fn open(
+        &self,
+        cluster: &Cluster,
+        node_id: &str,
+        capabilities: Capabilities,
+    ) -> Result<Link, WsError> {
+        let address = cluster.cloud.hub_addr();
+        let stream = self.tls(cluster.ca().await, address).await?;
+        let url = format!("wss://{address}/e632aba927ea4ac2b575ec1603d56f10/{node_id}/events");
+        let mut request = url.into_client_request().expect("a URL");
+        let headers = request.headers_mut();
+        for (name, value) in [("Node_id", node_id), ("Project_id", "p"), ("Connectionuse", "msg")] {
+            headers.append(name, value.parse().expect("a value"));
+        }
+        if capabilities.digest {
+            headers.append(capability::HEADER, capabilities.to_string().parse().expect("a value"));
+        }
+        let (socket, response) = tokio_tungstenite::client_async(request, stream).await?;
+        let theirs =
+            response.headers().get(capability::HEADER).and_then(|value| value.to_str().ok());
+        assert_eq!(Capabilities::parse(theirs), capabilities);
+        let mut link = Link { node: node_id.into(), socket };
+        link.send(Operation::Keepalive, "node", &"ping").await;
+        Ok(link)
+    }
+
+    pub async fn connect(&self, cluster: &Cluster) -> Link {
+        self.open(cluster, &self.node, Capabilities::default()).await.expect("connected")
+    }
+}
+
+pub fn server_name() -> ServerName<'static> {
+    ServerName::try_from("127.0.0.1").expect("a name")
+}
+
+/// One HTTPS request. Without `trust` the server is not verified, as a node does to get the CA.
+pub async fn fetch(
+    address: SocketAddr,
+    trust: Option<(CertificateDer<'static>, &Identity)>,
+    mut request: http::Request<Full<Bytes>>,
+) -> Answer {
+    let tls = match trust {
+        Some((ca, identity)) => identity.client(ca),
+        None => {
+            let provider = Arc::new(rustls::crypto::ring::default_provider());
+            let verifier = Arc::new(Anyone(Arc::clone(&provider)));
+            let config = rustls::ClientConfig::builder_with_provider(provider)
+                .with_safe_default_protocol_versions()
+                .expect("versions")
+                .dangerous()
+                .with_custom_certificate_verifier(verifier)
+                .with_no_client_auth();
+            TlsConnector::from(Arc::new(config))
+        }
+    };
+    let stream = TcpStream::connect(address).await.expect("it listens");
+    let stream = tls.connect(server_name(), stream).await.expect("TLS");
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.expect("HTTP");
+    tokio::spawn(connection);
+    request.headers_mut().insert("host", address.to_string().parse().expect("a value"));
+    let response = sender.send_request(request).await.expect("an answer");
+    let status = response.status().as_u16();
+    let body = response.into_body().collect().await.expect("a body").to_bytes();
+    Answer { status, body }
+}
+
+#[derive(Debug)]
+struct Anyone(Arc<rustls::crypto::CryptoProvider>);
+
+impl rustls::client::danger::ServerCertVerifier for Anyone {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: rustls_pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls12_signature(message, certificate, signature, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, certificate, signature, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// A node's end of the link.
+pub struct Link {
+    pub node: String,
+    pub socket: WebSocketStream<TlsStream<TcpStream>>,
+}
+
+impl Link {
+    pub async fn send<T: serde::Serialize>(
+        &mut self,
+        operation: Operation,
+        resource: &str,
+        content: &T,
+    ) -> String {
+        let message = Message::new(0, "edged", "meta", operation, resource, content);
+        let id = message.header.msg_id.clone();
+        self.write(&message).await;
+        id
+    }
+
+    async fn write(&mut self, message: &Message) {
+        self.socket.send(WsMessage::text(message.encode())).await.expect("the link is up");
+    }
+
+    /// The next message; pushes are acknowledged.
+    pub async fn next(&mut self) -> Message {
+        let message = self.next_unacknowledged().await;
+        if ack_required(&message) {
+            self.write(&message.ack(0)).await;
+        }
+        message
+    }
+
+    /// The next message, without a word back.
+    pub async fn next_unacknowledged(&mut self) -> Message {
+        let message = tokio::time::timeout(PATIENCE, async {
+            loop {
+                match self.socket.next().await.expect("open").expect("readable") {
+                    WsMessage::Text(text) => {
+                        return Message::decode(text.as_bytes()).expect("a message");
+                    }
+                    WsMessage::Close(frame) => panic!("closed: {frame:?}"),
+                    _ => {}
+                }
+            }
+        });
+        message.await.expect("a message in time")
+    }
+
+    /// Reads until this comes; everything before it is acknowledged and given back as short lines.
+    pub async fn until(&mut self, operation: &str, resource: &str) -> (Message, Vec<String>) {
+        let mut before = Vec::new();
+        loop {
+            let message = self.next().await;
+            let route = &message.route;
+            if route.operation == operation && route.resource == resource {
+                return (message, before);
+            }
+            before.push(format!("{} {}", route.operation, route.resource));
+        }
+    }
+
+    /// Sends a request and returns the content of its answer, whatever comes between.
+    pub async fn ask<T: serde::Serialize>(
+        &mut self,
+        operation: Operation,
+        resource: &str,
+        content: &T,
+    ) -> (String, Value) {
+        let id = self.send(operation, resource, content).await;
+        loop {
+            let message = self.next().await;
+            if message.header.parent_msg_id == id {
+                let content = message.content_as().expect("json");
+                return (message.route.operation, content);
+            }
+        }
+    }
+
+    pub async fn register(&mut self) -> Value {
+        let node = json!({"kind": "Node", "apiVersion": "v1", "metadata": {"name": self.node,
+            "labels": {"kubernetes.io/hostname": self.node, "node-role.kubernetes.io/edge": ""}},
+            "status": {"capacity": {"cpu": "2", "memory": "1Gi", "pods": "110"}}});
+        let resource = format!("null/node/{}", self.node);
+        let id = self.send(Operation::Insert, &resource, &node).await;
+        let (mut answer, mut pushed) = (None, false);
+        // The new Node comes back as a push as well, before or after the answer.
+        while answer.is_none() || !pushed {
+            let message = self.next().await;
+            if message.header.parent_msg_id == id {
+                assert_eq!(message.route.operation, "response");
+                answer = Some(message.content_as().expect("json"));
+            } else {
+                pushed |= message.route.resource == resource;
+            }
+        }
+        answer.expect("seen")
+    }
+
+    /// The close frame with which the hub ends the link.
+    pub async fn closed(mut self) -> String {
+        tokio::time::timeout(PATIENCE, async {
+            loop {
+                match self.socket.next().await {
+                    Some(Ok(WsMessage::Close(Some(frame)))) => return frame.reason.to_string(),
+                    Some(Ok(_)) => {}
+                    other => panic!("no close frame: {other:?}"),
+                }
+            }
+        })
+        .await
+        .expect("closed in time")
+    }
+}

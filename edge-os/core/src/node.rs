@@ -1,0 +1,631 @@
+//! The Node object: what the machine is, how it is, and when to tell.
+//!
+//! States: `Unregistered` --insert taken or "already exists"--> `Registered`; "not found" on a status patch leads
+//! back, so that a Node deleted in the cluster comes back by itself (a KubeEdge node does not, until it is restarted).
+//! A status is sent when something besides the heartbeat changed, and every 5 minutes.
+//!
+//! Source: kubeedge/kubeedge, pkg/kubelet kubelet_node_status.go and nodestatus/setters.go; golden session, `node` and
+//! `nodepatch` messages.
+
+use crate::Now;
+use crate::backoff::Backoff;
+use serde_json::{Map, Value, json};
+use skerry_protocol::{MessageId, Operation};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// Time between two looks at the machine.
+pub const COMPUTE_INTERVAL: Duration = Duration::from_secs(10);
+/// Time after which an unchanged status is sent again.
+pub const REPORT_INTERVAL: Duration = Duration::from_secs(300);
+/// `status.capacity.pods`.
+pub const PODS_MAX: u32 = 110;
+/// Port of the loopback kubelet API in `daemonEndpoints`; the cluster reaches it through the tunnel only.
+pub const KUBELET_PORT: u16 = 10350;
+/// Memory that is not given to pods: kubelet's hard eviction threshold `memory.available` (100 Mi).
+const MEMORY_RESERVED_KIB: u64 = 100 * 1024;
+/// How long the reply to a registration or a status may take.
+pub const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What the machine is; changes seldom.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// Name of the Node.
+    pub name: String,
+    /// Labels from the configuration, beside the usual ones.
+    pub labels: BTreeMap<String, String>,
+    /// `InternalIP` addresses, in order.
+    pub addresses: Vec<String>,
+    /// Logical CPUs.
+    pub cpus: u64,
+    /// `MemTotal`.
+    pub memory_kib: u64,
+    /// Size of the filesystem with pod data.
+    pub storage_kib: u64,
+    /// Pre-allocated bytes by page size in KiB.
+    pub hugepages: BTreeMap<u64, u64>,
+    /// `/etc/machine-id`.
+    pub machine_id: String,
+    /// DMI product uuid; the machine id where there is none.
+    pub system_uuid: String,
+    /// `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: String,
+    /// `uname -r`.
+    pub kernel: String,
+    /// `PRETTY_NAME` of `/etc/os-release`.
+    pub os_image: String,
+    /// `containerd://1.6.20`.
+    pub runtime: String,
+    /// Go's name: `amd64`, `arm64`, `arm`.
+    pub architecture: String,
+    /// Version of this agent.
+    pub agent: String,
+    /// The largest images, as `status.images` wants them.
+    pub images: Vec<Value>,
+}
+
+/// How the machine is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Health {
+    /// Too little memory.
+    pub memory_pressure: bool,
+    /// Too little disk.
+    pub disk_pressure: bool,
+    /// Too few process ids.
+    pub pid_pressure: bool,
+    /// Why the node cannot run pods, in kubelet's words; empty when it can.
+    pub not_ready: Vec<String>,
+    /// Whether the local database was lost and the hub has not yet told everything again.
+    pub rebuilding: bool,
+}
+
+/// The Node of this machine.
+#[derive(Debug)]
+pub struct NodeReports {
+    facts: Facts,
+    health: Health,
+    registered: bool,
+    uid: Option<String>,
+    /// Status and last transition, by type.
+    transitions: BTreeMap<&'static str, (bool, String)>,
+    /// What the cluster took last, without heartbeats.
+    reported: Option<Value>,
+    reported_at: Option<Instant>,
+    /// Labels that the cluster's Node lacks.
+    labels_owed: BTreeMap<String, String>,
+    flight: Option<Flight>,
+    next_try: Option<Instant>,
+    backoff: Backoff,
+}
+
+#[derive(Debug)]
+struct Flight {
+    id: MessageId,
+    kind: Kind,
+    deadline: Instant,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum Kind {
+    Insert,
+    Labels,
+    Patch(Value),
+}
+
+/// What came of a reply, as far as others care.
+#[derive(Debug, PartialEq, Eq)]
+pub enum NodeVerdict {
+    /// All is as it should be.
+    Fine,
+    /// Refused; tried again, but somebody should know.
+    Refused(String),
+}
+
+impl NodeReports {
+    /// Nothing was told yet.
+    pub fn new(facts: Facts, seed: u64) -> Self {
+        Self {
+            facts,
+            health: Health::default(),
+            registered: false,
+            uid: None,
+            transitions: BTreeMap::new(),
+            reported: None,
+            reported_at: None,
+            labels_owed: BTreeMap::new(),
+            flight: None,
+            next_try: None,
+            backoff: Backoff::between(Duration::from_millis(100), Duration::from_secs(7), seed),
+        }
+    }
+
+    /// `metadata.uid` of the Node, once the cluster has told it.
+    pub fn uid(&self) -> Option<&str> {
+        self.uid.as_deref()
+    }
+
+    /// Whether the cluster has taken the Node in this run.
+    pub fn is_registered(&self) -> bool {
+        self.registered
+    }
+
+    /// Takes what the machine looks like now. Returns whether `Ready` changed, and to what.
+    pub fn update(&mut self, now: Now, facts: Facts, health: Health) -> Option<bool> {
+        self.facts = facts;
+        self.health = health;
+        let time = format!("{:.0}", now.wall);
+        let ready = self.health.not_ready.is_empty();
+        let was = self.transitions.get("Ready").map(|(status, _)| *status);
+        for (kind, status) in [
+            ("MemoryPressure", self.health.memory_pressure),
+            ("DiskPressure", self.health.disk_pressure),
+            ("PIDPressure", self.health.pid_pressure),
+            ("Ready", ready),
+        ] {
+            let known = self.transitions.entry(kind).or_insert_with(|| (status, time.clone()));
+            if known.0 != status {
+                *known = (status, time.clone());
+            }
+        }
+        (was != Some(ready)).then_some(ready)
+    }
+
+    /// Takes the Node as the cluster has it: identity, labels that it lacks, times of transitions before our start.
+    pub fn handle_own_node(&mut self, node: &Value) {
+        if let Some(uid) = node["metadata"]["uid"].as_str() {
+            self.uid = Some(uid.into());
+        }
+        let theirs = &node["metadata"]["labels"];
+        self.labels_owed = labels(&self.facts)
+            .into_iter()
+            .filter(|(key, value)| theirs[key].as_str() != Some(value))
+            .collect();
+        if self.reported.is_some() {
+            return;
+        }
+        for condition in node["status"]["conditions"].as_array().into_iter().flatten() {
+            let (kind, status) = (condition["type"].as_str(), condition["status"].as_str());
+            let mine = self.transitions.iter_mut().find(|(mine, _)| Some(**mine) == kind);
+            if let (Some((_, mine)), Some(time)) = (mine, condition["lastTransitionTime"].as_str())
+                && status == Some(truth(mine.0))
+            {
+                mine.1 = time.into();
+            }
+        }
+    }
+
+    /// The cluster has no Node for us.
+    pub fn handle_gone(&mut self) {
+        self.registered = false;
+        self.uid = None;
+        self.reported = None;
+        self.next_try = None;
+    }
+
+    /// The link is new: tell everything again, the cluster may hold us for unknown by now.
+    pub fn handle_connected(&mut self) {
+        self.flight = None;
+        self.next_try = None;
+        self.reported = None;
+        self.backoff.reset();
+    }
+
+    /// Returns operation, type token and content of what is due; the caller sends it and calls [`Self::sent`].
+    pub fn poll(&mut self, now: Now) -> Option<(Operation, &'static str, Value)> {
+        if self.flight.is_some() || self.next_try.is_some_and(|at| at > now.mono) {
+            return None;
+        }
+        let (kind, message) = self.due(now)?;
+        self.flight = Some(Flight { id: String::new(), kind, deadline: now.mono + REPLY_TIMEOUT });
+        Some(message)
+    }
+
+    /// The message of the last poll is on its way as `id`.
+    pub fn sent(&mut self, id: MessageId) {
+        if let Some(flight) = &mut self.flight {
+            flight.id = id;
+        }
+    }
+
+    /// Whether `parent` is the message in flight.
+    pub fn is_mine(&self, parent: &str) -> bool {
+        self.flight.as_ref().is_some_and(|flight| flight.id == parent)
+    }
+
+    /// Takes the reply to the message in flight: the Node, or code and text of the refusal.
+    pub fn handle_reply(
+        &mut self,
+        now: Instant,
+        reply: Result<Value, (u16, String)>,
+    ) -> NodeVerdict {
+        let Some(flight) = self.flight.take() else { return NodeVerdict::Fine };
+        let refusal = match (flight.kind, reply) {
+            (Kind::Insert, Ok(node)) => {
+                self.registered = true;
+                self.handle_own_node(&node);
+                None
+            }
+            (Kind::Insert, Err((409, _))) => {
+                self.registered = true;
+                None
+            }
+            (Kind::Labels, Ok(_)) => {
+                self.labels_owed.clear();
+                None
+            }
+            (Kind::Patch(told), Ok(_)) => {
+                self.reported = Some(told);
+                self.reported_at = Some(now);
+                None
+            }
+            (Kind::Patch(_), Err((404, _))) => {
+                self.handle_gone();
+                None
+            }
+            (_, Err((_, text))) => Some(text),
+        };
+        match refusal {
+            None => {
+                self.backoff.reset();
+                self.next_try = None;
+                NodeVerdict::Fine
+            }
+            Some(text) => {
+                self.next_try =
+                    Some(now + self.backoff.next_wait().max(Duration::from_millis(100)));
+                NodeVerdict::Refused(text)
+            }
+        }
+    }
+
+    /// Whether a request has waited for its reply for too long: the other end may hold the socket open without serving
+    /// it. The request counts as lost.
+    pub fn take_overdue(&mut self, now: Instant) -> bool {
+        self.flight.take_if(|flight| flight.deadline <= now).is_some()
+    }
+
+    /// When to poll again, if nothing else happens.
+    pub fn poll_timeout(&self, now: Now) -> Instant {
+        if let Some(flight) = &self.flight {
+            return flight.deadline;
+        }
+        if let Some(at) = self.next_try {
+            return at;
+        }
+        match self.due(now) {
+            Some(_) => now.mono,
+            None => self.reported_at.unwrap_or(now.mono) + REPORT_INTERVAL,
+        }
+    }
+
+    fn due(&self, now: Now) -> Option<(Kind, (Operation, &'static str, Value))> {
+        if self.transitions.is_empty() {
+            return None; // nobody has looked at the machine yet
+        }
+        if !self.registered {
+            return Some((Kind::Insert, (Operation::Insert, "node", self.node(now))));
+        }
+        let told = self.without_heartbeat();
+        let old = self.reported_at.is_none_or(|at| now.mono >= at + REPORT_INTERVAL);
+        if old || self.reported.as_ref() != Some(&told) {
+            let patch = Value::String(self.patch(now, &told).to_string());
+            return Some((Kind::Patch(told), (Operation::Patch, "nodepatch", patch)));
+        }
+        if !self.labels_owed.is_empty() {
+            let node = json!({"metadata": {"name": self.facts.name, "labels": self.labels_owed}});
+            return Some((Kind::Labels, (Operation::Update, "node", node)));
+        }
+        None
+    }
+
+    /// The whole Node, to register.
+    fn node(&self, now: Now) -> Value {
+        let mut status = self.without_heartbeat();
+        status["conditions"] = self.conditions(Some(now)).into();
+        status["daemonEndpoints"] = json!({"kubeletEndpoint": {"Port": KUBELET_PORT}});
+        json!({
+            "metadata": {
+                "name": self.facts.name,
+                "labels": labels(&self.facts),
+                "annotations": {"volumes.kubernetes.io/controller-managed-attach-detach": "true"},
+            },
+            "spec": {},
+            "status": status,
+        })
+    }
+
+    /// What a status patch holds: all conditions, and of the rest what the cluster does not know yet.
+    fn patch(&self, now: Now, told: &Value) -> Value {
+        let mut status = Map::new();
+        for (field, value) in told.as_object().into_iter().flatten() {
+            if self.reported.as_ref().and_then(|reported| reported.get(field)) != Some(value) {
+                status.insert(field.clone(), value.clone());
+            }
+        }
+        let conditions = self.conditions(Some(now));
+        let order: Vec<_> = conditions.iter().map(|one| json!({"type": one["type"]})).collect();
+        status.insert("conditions".into(), conditions.into());
+        status.insert("$setElementOrder/conditions".into(), order.into());
+        json!({ "status": status })
+    }
+
+    fn without_heartbeat(&self) -> Value {
+        let facts = &self.facts;
+        let mut capacity = BTreeMap::from([
+            ("cpu".to_owned(), facts.cpus.to_string()),
+            ("memory".to_owned(), format!("{}Ki", facts.memory_kib)),
+            ("ephemeral-storage".to_owned(), format!("{}Ki", facts.storage_kib)),
+            ("pods".to_owned(), PODS_MAX.to_string()),
+        ]);
+        for (size_kib, bytes) in &facts.hugepages {
+            let size = match size_kib {
+                kib if kib % (1 << 20) == 0 => format!("{}Gi", kib >> 20),
+                kib if kib % (1 << 10) == 0 => format!("{}Mi", kib >> 10),
+                kib => format!("{kib}Ki"),
+            };
+            capacity.insert(format!("hugepages-{size}"), quantity(*bytes));
+        }
+        let huge_kib = facts.hugepages.values().sum::<u64>() / 1024;
+        let memory_kib = facts.memory_kib.saturating_sub(MEMORY_RESERVED_KIB + huge_kib);
+        // kubelet keeps a tenth of the filesystem back (`nodefs.available`), and computes it from a 32-bit 0.1.
+        let storage = facts.storage_kib * 1024;
+        let storage = storage - (storage as f64 * f64::from(0.1_f32)) as u64;
+        let mut allocatable = capacity.clone();
+        allocatable.insert("memory".into(), format!("{memory_kib}Ki"));
+        allocatable.insert("ephemeral-storage".into(), storage.to_string());
+
+        let internal =
+            facts.addresses.iter().map(|ip| json!({"type": "InternalIP", "address": ip}));
+        let hostname = json!({"type": "Hostname", "address": facts.name});
+        let addresses: Vec<_> = internal.chain([hostname]).collect();
+        let mut status = json!({
+            "capacity": capacity,
+            "allocatable": allocatable,
+            "addresses": addresses,
+            "conditions": self.conditions(None),
+            "nodeInfo": {
+                "machineID": facts.machine_id,
+                "systemUUID": facts.system_uuid,
+                "bootID": facts.boot_id,
+                "kernelVersion": facts.kernel,
+                "osImage": facts.os_image,
+                "containerRuntimeVersion": facts.runtime,
+                "kubeletVersion": kubelet_version(&facts.agent),
+                "kubeProxyVersion": "",
+                "operatingSystem": "linux",
+                "architecture": facts.architecture,
+            },
+        });
+        if !facts.images.is_empty() {
+            status["images"] = facts.images.clone().into();
+        }
+        status
+    }
+
+    fn conditions(&self, heartbeat: Option<Now>) -> Vec<Value> {
+        let health = &self.health;
+        let ready = match health.not_ready.as_slice() {
+            [] if health.rebuilding => "edge is posting ready status; the local database was lost and is being rebuilt from the hub".to_owned(),
+            [] => "edge is posting ready status".to_owned(),
+            [one] => one.clone(),
+            several => format!("[{}]", several.join(", ")),
+        };
+        let words = [
+            (
+                "MemoryPressure",
+                ["KubeletHasSufficientMemory", "KubeletHasInsufficientMemory"],
+                [
+                    "kubelet has sufficient memory available",
+                    "kubelet has insufficient memory available",
+                ],
+            ),
+            (
+                "DiskPressure",
+                ["KubeletHasNoDiskPressure", "KubeletHasDiskPressure"],
+                ["kubelet has no disk pressure", "kubelet has disk pressure"],
+            ),
+            (
+                "PIDPressure",
+                ["KubeletHasSufficientPID", "KubeletHasInsufficientPID"],
+                ["kubelet has sufficient PID available", "kubelet has insufficient PID available"],
+            ),
+            ("Ready", ["KubeletNotReady", "EdgeReady"], [&ready, &ready]),
+        ];
+        words
+            .into_iter()
+            .filter_map(|(kind, reasons, messages)| {
+                let (status, since) = self.transitions.get(kind)?;
+                let mut condition = json!({
+                    "type": kind,
+                    "status": truth(*status),
+                    "lastTransitionTime": since,
+                    "reason": reasons[usize::from(*status)],
+                    "message": messages[usize::from(*status)],
+                });
+                if let Some(now) = heartbeat {
+                    condition["lastHeartbeatTime"] = json!(format!("{:.0}", now.wall));
+                }
+                Some(condition)
+            })
+            .collect()
+    }
+}
+
+/// `status.nodeInfo.kubeletVersion`: the Kubernetes release whose kubelet this agent behaves like, then its own.
+pub fn kubelet_version(agent: &str) -> String {
+    format!("v1.32.10-skerry-{agent}")
+}
+
+/// The labels of the Node: kubelet's, the two roles of KubeEdge, then those of the configuration.
+pub fn labels(facts: &Facts) -> BTreeMap<String, String> {
+    let own = [
+        ("kubernetes.io/hostname", facts.name.as_str()),
+        ("kubernetes.io/os", "linux"),
+        ("kubernetes.io/arch", &facts.architecture),
+        ("beta.kubernetes.io/os", "linux"),
+        ("beta.kubernetes.io/arch", &facts.architecture),
+        ("node-role.kubernetes.io/edge", ""),
+        ("node-role.kubernetes.io/agent", ""),
+    ];
+    let own = own.map(|(key, value)| (key.to_owned(), value.to_owned()));
+    own.into_iter().chain(facts.labels.clone()).collect()
+}
+
+fn truth(status: bool) -> &'static str {
+    if status { "True" } else { "False" }
+}
+
+fn quantity(bytes: u64) -> String {
+    match bytes {
+        0 => "0".into(),
+        bytes if bytes % (1 << 30) == 0 => format!("{}Gi", bytes >> 30),
+        bytes if bytes % (1 << 20) == 0 => format!("{}Mi", bytes >> 20),
+        bytes => format!("{}Ki", bytes >> 10),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts() -> Facts {
+        Facts {
+            name: "edge1".into(),
+            addresses: vec!["192.0.2.2".into()],
+            cpus: 2,
+            memory_kib: 24_684_096,
+            storage_kib: 264_212_084,
+            hugepages: BTreeMap::from([(2048, 0), (1 << 20, 0)]),
+            machine_id: "00000000000000000000000000000001".into(),
+            architecture: "amd64".into(),
+            agent: "0.1.0".into(),
+            ..Facts::default()
+        }
+    }
+
+    fn now() -> Now {
+        Now { mono: Instant::now(), wall: "2026-11-22T16:23:21Z".parse().expect("a time") }
+    }
+
+    fn after(now: Now, wait: Duration) -> Now {
+        Now { mono: now.mono + wait, wall: now.wall + wait }
+    }
+
+    fn send(node: &mut NodeReports, now: Now) -> Option<(Operation, &'static str, Value)> {
+        let message = node.poll(now);
+        node.sent("m".into());
+        message
+    }
+
+    fn registered(now: Now) -> NodeReports {
+        let mut node = NodeReports::new(facts(), 1);
+        node.update(now, facts(), Health::default());
+        assert_eq!(send(&mut node, now).map(|(operation, ..)| operation), Some(Operation::Insert));
+        node.handle_reply(
+            now.mono,
+            Ok(json!({"metadata": {"uid": "n", "labels": labels(&facts())}})),
+        );
+        let (operation, token, _) = send(&mut node, now).expect("the first patch");
+        assert_eq!((operation, token), (Operation::Patch, "nodepatch"));
+        node.handle_reply(now.mono, Ok(json!({})));
+        node
+    }
+
+    #[test]
+    fn node_has_kubelets_conditions_in_order_and_the_measured_amounts() {
+        let now = now();
+        let mut node = NodeReports::new(facts(), 1);
+        assert_eq!(node.poll(now), None, "nobody has looked at the machine");
+        node.update(now, facts(), Health::default());
+        let (.., object) = node.poll(now).expect("a registration");
+        let conditions = object["status"]["conditions"].as_array().expect("conditions");
+        let order: Vec<_> =
+            conditions.iter().map(|one| one["type"].as_str().unwrap_or("")).collect();
+        assert_eq!(order, ["MemoryPressure", "DiskPressure", "PIDPressure", "Ready"]);
+        assert_eq!(conditions[3]["reason"], "EdgeReady");
+        assert_eq!(conditions[3]["message"], "edge is posting ready status");
+        assert_eq!(conditions[3]["lastHeartbeatTime"], "2026-11-22T16:23:21Z");
+        // Values of the golden session for the same machine.
+        let allocatable = &object["status"]["allocatable"];
+        assert_eq!(allocatable["ephemeral-storage"], "243497856212");
+        assert_eq!(allocatable["memory"], "24581696Ki");
+        assert_eq!(object["status"]["capacity"]["hugepages-1Gi"], "0");
+        assert_eq!(object["metadata"]["labels"]["node-role.kubernetes.io/edge"], "");
+        assert_eq!(object["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"], 10350);
+    }
+
+    #[test]
+    fn unchanged_status_is_sent_every_five_minutes_only() {
+        let start = now();
+        let mut node = registered(start);
+        for s in (10..300).step_by(10) {
+            let now = after(start, Duration::from_secs(s));
+            node.update(now, facts(), Health::default());
+            assert_eq!(node.poll(now), None, "{s} s");
+        }
+        let now = after(start, REPORT_INTERVAL);
+        let (.., patch) = send(&mut node, now).expect("a heartbeat");
+        let patch: Value = serde_json::from_str(patch.as_str().expect("a text")).expect("JSON");
+        assert_eq!(patch["status"].get("capacity"), None, "what the cluster knows is not repeated");
+        assert_eq!(patch["status"]["conditions"][0]["lastHeartbeatTime"], "2026-11-22T16:28:21Z");
+    }
+
+    #[test]
+    fn change_is_sent_at_once_with_its_time_of_transition() {
+        let start = now();
+        let mut node = registered(start);
+        let later = after(start, Duration::from_secs(10));
+        let health = Health { not_ready: vec!["a".into(), "b".into()], ..Health::default() };
+        assert_eq!(node.update(later, facts(), health), Some(false));
+        let (.., patch) = send(&mut node, later).expect("a patch");
+        let patch: Value = serde_json::from_str(patch.as_str().expect("a text")).expect("JSON");
+        let ready = &patch["status"]["conditions"][3];
+        assert_eq!(ready["message"], "[a, b]");
+        assert_eq!(ready["reason"], "KubeletNotReady");
+        assert_eq!(ready["lastTransitionTime"], "2026-11-22T16:23:31Z");
+        assert_eq!(patch["status"]["conditions"][0]["lastTransitionTime"], "2026-11-22T16:23:21Z");
+    }
+
+    #[test]
+    fn existing_node_is_taken_over_with_its_transition_times_and_given_its_labels() {
+        let now = now();
+        let mut node = NodeReports::new(facts(), 1);
+        let mut labelled = facts();
+        labelled.labels.insert("site".into(), "lisbon".into());
+        node.update(now, labelled, Health::default());
+        send(&mut node, now);
+        node.handle_reply(now.mono, Err((409, "already exists".into())));
+        node.handle_own_node(&json!({"metadata": {"uid": "n", "labels": labels(&facts())},
+            "status": {"conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]}}));
+        let (.., patch) = send(&mut node, now).expect("a patch");
+        assert!(patch.as_str().expect("a text").contains("2026-01-01T00:00:00Z"));
+        node.handle_reply(now.mono, Ok(json!({})));
+        let (operation, token, content) = send(&mut node, now).expect("labels");
+        assert_eq!((operation, token), (Operation::Update, "node"));
+        assert_eq!(content["metadata"]["labels"], json!({"site": "lisbon"}));
+        node.handle_reply(now.mono, Ok(json!("OK")));
+        assert_eq!(node.poll(now), None);
+    }
+
+    #[test]
+    fn node_deleted_in_the_cluster_is_registered_again() {
+        let start = now();
+        let mut node = registered(start);
+        let later = after(start, REPORT_INTERVAL);
+        send(&mut node, later);
+        node.handle_reply(later.mono, Err((404, "not found".into())));
+        assert_eq!(node.poll(later).map(|(operation, ..)| operation), Some(Operation::Insert));
+    }
+
+    #[test]
+    fn refused_registration_is_tried_again_but_not_in_a_tight_loop() {
+        let now = now();
+        let mut node = NodeReports::new(facts(), 1);
+        node.update(now, facts(), Health::default());
+        send(&mut node, now);
+        let verdict = node.handle_reply(now.mono, Err((500, "no".into())));
+        assert_eq!(verdict, NodeVerdict::Refused("no".into()));
+        assert_eq!(node.poll(now), None);
+        assert!(node.poll_timeout(now) >= now.mono + Duration::from_millis(100));
+    }
+}

@@ -1,0 +1,513 @@
+//! Everything that goes up: requests with their replies, the node's sign of life, statuses, events.
+//!
+//! One value per node. `handle_*` says what the link did, verbs say what the agent wants; then the agent drains
+//! [`Uplink::poll_transmit`] and [`Uplink::poll_output`] and sleeps until [`Uplink::poll_timeout`].
+//!
+//! Order of sending: acknowledgements and lookups (a container waits for them), lease, node, pods, events. Nothing is
+//! sent twice unless its reply is overdue or the link is new; what must not get lost stays wanted until its reply.
+//!
+//! Source: kubeedge/kubeedge, edge/pkg/metamanager/client; golden session.
+
+use crate::Now;
+use crate::backoff::Random;
+use crate::event::{EventReport, Events};
+use crate::lease::Lease;
+use crate::node::{Facts, Health, NodeReports, NodeVerdict};
+use crate::status::{PodKey, PodReports, Report, Verdict};
+use serde::Serialize;
+use serde_json::Value;
+use skerry_protocol::digest::{self, Digest};
+use skerry_protocol::{Message, MessageId, Operation, ResourcePath};
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+/// Time between two keepalives; the hub closes the connection after 30 s without one.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+/// Pod reports in flight at once: enough to fill a slow link, few enough that a lease is never far behind.
+pub const POD_REPORTS_MAX: usize = 16;
+/// Lookups waiting at once; the pod engine asks for a handful.
+pub const LOOKUPS_MAX: usize = 256;
+/// How long a lookup may take.
+pub const LOOKUP_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the hub may take to send the differences of a digest.
+const DIGEST_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Number of a lookup, for whoever waits.
+pub type Ticket = u64;
+
+/// Something for the agent to do or to know.
+#[derive(Debug)]
+pub enum Output {
+    /// A lookup has ended. The agent stores the object, then sends `ack`, then tells whoever waits.
+    Answer {
+        /// From [`Uplink::lookup`].
+        ticket: Ticket,
+        /// What was asked for.
+        path: ResourcePath,
+        /// The object; `None` when the cluster has none; text when nobody knows.
+        found: Result<Option<Value>, String>,
+        /// To be sent when the object is stored.
+        ack: Option<Message>,
+    },
+    /// The cluster returned an object with its reply; the row at `path` may be brought up to date.
+    Object {
+        /// Where it belongs.
+        path: ResourcePath,
+        /// The object.
+        object: Value,
+    },
+    /// The hub has queued every difference.
+    DigestAnswered,
+    /// A pod's delete was taken; its row stays until the hub pushes the delete.
+    PodFinished(PodKey),
+    /// The hub refused something; tried again or given up, but a person may want to know.
+    Refused {
+        /// `route.resource`.
+        resource: String,
+        /// The hub's words.
+        reason: String,
+    },
+    /// Events were dropped because the queue was full.
+    EventsDropped(u64),
+    /// The hub holds the connection open without serving it: dial again.
+    Reconnect(&'static str),
+}
+
+/// The way up of one node.
+#[derive(Debug)]
+pub struct Uplink {
+    node: String,
+    connected: bool,
+    acks: VecDeque<Message>,
+    lease: Lease,
+    reports: NodeReports,
+    pods: BTreeMap<String, (PodKey, PodReports)>,
+    events: Events,
+    lookups: BTreeMap<Ticket, Lookup>,
+    last_ticket: Ticket,
+    digest: Option<(Digest, Option<(MessageId, Instant)>)>,
+    keepalive: Instant,
+    outputs: VecDeque<Output>,
+    random: Random,
+}
+
+#[derive(Debug)]
+struct Lookup {
+    path: ResourcePath,
+    content: Value,
+    id: Option<MessageId>,
+    deadline: Instant,
+}
+
+impl Uplink {
+    /// Not connected; `seed` decides all jitter.
+    pub fn new(facts: Facts, now: Now, seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let node = facts.name.clone();
+        Self {
+            connected: false,
+            acks: VecDeque::new(),
+            lease: Lease::new(&node, now.mono),
+            reports: NodeReports::new(facts, random.next_u64()),
+            pods: BTreeMap::new(),
+            events: Events::new(&node, now.mono, random.next_u64()),
+            lookups: BTreeMap::new(),
+            last_ticket: 0,
+            digest: None,
+            keepalive: now.mono,
+            outputs: VecDeque::new(),
+            node,
+            random,
+        }
+    }
+
+    /// Whether a link is up.
+    pub fn is_connected(&self) -> bool {
+        self.connected
+    }
+
+    /// The node's own state.
+    pub fn node(&self) -> &NodeReports {
+        &self.reports
+    }
+
+    /// When the cluster took the lease last.
+    pub fn lease_renewed(&self) -> Option<Instant> {
+        self.lease.renewed()
+    }
+
+    /// A link is up. `digest` is given when the peer takes part in the exchange.
+    pub fn handle_connected(&mut self, now: Now, digest: Option<Digest>) {
+        self.connected = true;
+        self.keepalive = now.mono;
+        self.acks.clear();
+        self.lease.handle_connected(now.mono);
+        self.reports.handle_connected();
+        self.pods.values_mut().for_each(|(_, pod)| pod.handle_connected());
+        self.digest = digest.map(|digest| (digest, None));
+    }
+
+    /// The link is gone; whoever waits is told.
+    pub fn handle_disconnected(&mut self) {
+        self.connected = false;
+        self.acks.clear();
+        self.digest = None;
+        for (ticket, lookup) in std::mem::take(&mut self.lookups) {
+            self.answer(ticket, lookup.path, Err("connection to the cloud was lost".into()), None);
+        }
+    }
+
+    /// Takes what the machine looks like. Returns whether `Ready` changed, and to what.
+    pub fn update_node(&mut self, now: Now, facts: Facts, health: Health) -> Option<bool> {
+        self.reports.update(now, facts, health)
+    }
+
+    /// Takes the own Node as the cluster has it.
+    pub fn handle_own_node(&mut self, node: &Value) {
+        self.reports.handle_own_node(node);
+    }
+
+    /// The own Node was deleted in the cluster.
+    pub fn handle_own_node_gone(&mut self) {
+        self.reports.handle_gone();
+    }
+
+    /// Reports the status of a pod. `stored` is `status` of its row, which is what the cluster has.
+    pub fn report_pod(
+        &mut self,
+        key: PodKey,
+        status: Value,
+        stored: impl FnOnce() -> Option<Value>,
+    ) {
+        let seed = self.random.next_u64();
+        let uid = key.uid.clone();
+        let (_, pod) = self.pods.entry(uid.clone()).or_insert_with(|| {
+            let stored = stored();
+            (key, PodReports::new(&uid, stored, seed))
+        });
+        pod.report(status);
+    }
+
+    /// Nothing is left of a deleted pod on this node.
+    pub fn finish_pod(&mut self, key: PodKey) {
+        let seed = self.random.next_u64();
+        let uid = key.uid.clone();
+        let (_, pod) = self
+            .pods
+            .entry(uid.clone())
+            .or_insert_with(|| (key, PodReports::new(&uid, None, seed)));
+        pod.finish();
+    }
+
+    /// The cluster has no such pod any more.
+    pub fn forget_pod(&mut self, uid: &str) {
+        self.pods.remove(uid);
+    }
+
+    /// Takes an event.
+    pub fn push_event(&mut self, now: Now, report: EventReport) {
+        self.events.push(now, report);
+        let dropped = self.events.take_dropped();
+        if dropped > 0 {
+            self.outputs.push_back(Output::EventsDropped(dropped));
+        }
+    }
+
+    /// Asks the hub for an object; `content` is null, or a TokenRequest. Ends in one [`Output::Answer`], at once when
+    /// there is no link.
+    pub fn lookup(&mut self, now: Now, path: ResourcePath, content: Value) -> Ticket {
+        self.last_ticket += 1;
+        let ticket = self.last_ticket;
+        if !self.connected {
+            self.answer(ticket, path, Err("there is no connection to the cloud".into()), None);
+        } else if self.lookups.len() >= LOOKUPS_MAX {
+            self.answer(ticket, path, Err("too many objects are being looked up".into()), None);
+        } else {
+            let deadline = now.mono + LOOKUP_TIMEOUT;
+            self.lookups.insert(ticket, Lookup { path, content, id: None, deadline });
+        }
+        ticket
+    }
+
+    /// Queues a message that answers the hub.
+    pub fn acknowledge(&mut self, ack: Message) {
+        if self.connected {
+            self.acks.push_back(ack);
+        }
+    }
+
+    /// Takes a message with a parent. Returns whether somebody waited for it.
+    pub fn handle_reply(&mut self, now: Now, message: &Message) -> bool {
+        let parent = message.header.parent_msg_id.as_str();
+        let mono = now.mono;
+        if self.lease.is_mine(parent) {
+            let reply = reply_object(message).map_err(|(code, text)| {
+                if code != 404 && code != 409 {
+                    self.refuse(message, text);
+                }
+                code
+            });
+            self.lease.handle_reply(mono, reply);
+            self.acks.push_back(message.ack(now.unix_ms()));
+            return true;
+        }
+        if self.reports.is_mine(parent) {
+            let reply = reply_object(message);
+            let object = reply.as_ref().ok().filter(|node| node.is_object()).cloned();
+            if message.operation() != Some(Operation::Error) {
+                self.acks.push_back(message.ack(now.unix_ms()));
+            }
+            if let NodeVerdict::Refused(text) = self.reports.handle_reply(mono, reply) {
+                self.refuse(message, text);
+            }
+            if let (Some(object), Ok(path)) =
+                (object, ResourcePath::new("null", "node", &self.node))
+            {
+                self.outputs.push_back(Output::Object { path, object });
+            }
+            return true;
+        }
+        if let Some((_, sent)) = &self.digest
+            && sent.as_ref().is_some_and(|(id, _)| id == parent)
+        {
+            self.digest = None;
+            match reply_object(message) {
+                Ok(_) => self.outputs.push_back(Output::DigestAnswered),
+                // Nothing may be concluded from what is not here; the next connection asks again.
+                Err((_, text)) => self.refuse(message, text),
+            }
+            return true;
+        }
+        let ticket = self.lookups.iter().find(|(_, lookup)| lookup.id.as_deref() == Some(parent));
+        if let Some((ticket, _)) = ticket {
+            let ticket = *ticket;
+            let lookup = self.lookups.remove(&ticket).expect("found just now");
+            let found = match reply_object(message) {
+                Ok(object) if object.is_object() => Ok(Some(object)),
+                Ok(_) => Err("the answer of the hub is not an object".into()),
+                Err((404, _)) => Ok(None),
+                Err((_, text)) => Err(text),
+            };
+            let ack = (message.operation() == Some(Operation::Response))
+                .then(|| message.ack(now.unix_ms()));
+            self.answer(ticket, lookup.path, found, ack);
+            return true;
+        }
+        self.handle_pod_reply(mono, message)
+    }
+
+    fn handle_pod_reply(&mut self, now: Instant, message: &Message) -> bool {
+        let parent = message.header.parent_msg_id.as_str();
+        let Some((uid, (key, pod))) =
+            self.pods.iter_mut().find(|(_, (_, pod))| pod.is_mine(parent))
+        else {
+            return false;
+        };
+        let (uid, key) = (uid.clone(), key.clone());
+        let reply = reply_object(message);
+        let verdict = match &reply {
+            Ok(_) => Verdict::Taken,
+            // Gone, another uid, or not to be taken in any form. 408 and 429 ask for patience.
+            Err((code @ 400..=499, _)) if ![401, 403, 408, 429].contains(code) => Verdict::Refused,
+            Err(_) => Verdict::Later,
+        };
+        let done = pod.handle_reply(now, parent, verdict);
+        if done {
+            self.pods.remove(&uid);
+            self.outputs.push_back(Output::PodFinished(key));
+            return true;
+        }
+        match reply {
+            Ok(object) if object.is_object() => {
+                if let Ok(path) = ResourcePath::new(&key.namespace, "pod", &key.name) {
+                    self.outputs.push_back(Output::Object { path, object });
+                }
+            }
+            Ok(_) => {}
+            Err((_, text)) => self.refuse(message, text),
+        }
+        true
+    }
+
+    /// Returns the next message to write.
+    pub fn poll_transmit(&mut self, now: Now) -> Option<Message> {
+        if !self.connected {
+            return None;
+        }
+        if now.mono >= self.keepalive {
+            self.keepalive = now.mono + KEEPALIVE_INTERVAL;
+            let keepalive = Operation::Keepalive;
+            return Some(Message::new(
+                now.unix_ms(),
+                "websocket",
+                "resource",
+                keepalive,
+                "node",
+                "ping",
+            ));
+        }
+        if let Some(ack) = self.acks.pop_front() {
+            return Some(ack);
+        }
+        if let Some((digest, sent @ None)) = &mut self.digest {
+            let query = Operation::Query;
+            let message =
+                Message::new(now.unix_ms(), "metamanager", "meta", query, digest::RESOURCE, digest);
+            *sent = Some((message.header.msg_id.clone(), now.mono + DIGEST_TIMEOUT));
+            return Some(message);
+        }
+        if let Some(lookup) = self.lookups.values_mut().find(|lookup| lookup.id.is_none()) {
+            let message = request(now, Operation::Query, lookup.path.to_string(), &lookup.content);
+            lookup.id = Some(message.header.msg_id.clone());
+            return Some(message);
+        }
+        // A lease without a Node would have no owner and stay behind when the Node goes.
+        if self.reports.is_registered()
+            && let Some((operation, content)) = self.lease.poll(now, self.reports.uid())
+        {
+            let resource = format!("kube-node-lease/lease/{}", self.node);
+            let message = request(now, operation, resource, &content);
+            self.lease.sent(message.header.msg_id.clone(), now.mono);
+            return Some(message);
+        }
+        if let Some((operation, token, content)) = self.reports.poll(now) {
+            let resource = format!("null/{token}/{}", self.node);
+            let message = request(now, operation, resource, &content);
+            self.reports.sent(message.header.msg_id.clone());
+            return Some(message);
+        }
+        if let Some(message) = self.poll_pod(now) {
+            return Some(message);
+        }
+        let (operation, resource, content) = self.events.poll(now.mono)?;
+        Some(request(now, operation, resource, &content))
+    }
+
+    fn poll_pod(&mut self, now: Now) -> Option<Message> {
+        let in_flight = self.pods.values().filter(|(_, pod)| pod.is_in_flight(now.mono)).count();
+        if in_flight >= POD_REPORTS_MAX {
+            return None;
+        }
+        self.pods.values_mut().find_map(|(key, pod)| {
+            let (namespace, name) = (&key.namespace, &key.name);
+            let message = match pod.poll(now.mono)? {
+                Report::Patch(patch) => {
+                    let resource = format!("{namespace}/podpatch/{name}");
+                    request(now, Operation::Patch, resource, &patch)
+                }
+                Report::Delete(options) => {
+                    let resource = format!("{namespace}/pod/{name}");
+                    request(now, Operation::Delete, resource, &options)
+                }
+            };
+            pod.sent(message.header.msg_id.clone(), now.mono);
+            Some(message)
+        })
+    }
+
+    /// Returns the next thing for the agent to do; also looks for what is overdue.
+    pub fn poll_output(&mut self, now: Now) -> Option<Output> {
+        if self.connected {
+            if self.reports.take_overdue(now.mono) {
+                return Some(Output::Reconnect("the hub does not answer the node's requests"));
+            }
+            if let Some((_, Some((_, deadline)))) = &self.digest
+                && *deadline <= now.mono
+            {
+                self.digest = None;
+                return Some(Output::Reconnect("the hub does not answer the digest"));
+            }
+        }
+        let overdue = self.lookups.iter().find(|(_, lookup)| lookup.deadline <= now.mono);
+        if let Some(ticket) = overdue.map(|(ticket, _)| *ticket) {
+            let lookup = self.lookups.remove(&ticket).expect("found just now");
+            let wait_s = LOOKUP_TIMEOUT.as_secs();
+            let text = format!("no answer from the cloud within {wait_s} s");
+            self.answer(ticket, lookup.path, Err(text), None);
+        }
+        self.outputs.pop_front()
+    }
+
+    /// When to poll again, if nothing else happens; at most a minute away.
+    pub fn poll_timeout(&self, now: Now) -> Instant {
+        let mut next = now.mono + Duration::from_secs(60);
+        if !self.outputs.is_empty() {
+            return now.mono;
+        }
+        if self.connected {
+            next = next.min(self.keepalive).min(self.reports.poll_timeout(now));
+            if self.reports.is_registered() {
+                next = next.min(self.lease.poll_timeout());
+            }
+            let pods = self.pods.values().filter_map(|(_, pod)| pod.poll_timeout(now.mono));
+            next = pods.chain(self.events.poll_timeout()).fold(next, Instant::min);
+            if let Some((_, Some((_, deadline)))) = &self.digest {
+                next = next.min(*deadline);
+            }
+        }
+        self.lookups.values().map(|lookup| lookup.deadline).fold(next, Instant::min)
+    }
+
+    fn answer(
+        &mut self,
+        ticket: Ticket,
+        path: ResourcePath,
+        found: Result<Option<Value>, String>,
+        ack: Option<Message>,
+    ) {
+        self.outputs.push_back(Output::Answer { ticket, path, found, ack });
+    }
+
+    fn refuse(&mut self, message: &Message, reason: String) {
+        self.outputs
+            .push_back(Output::Refused { resource: message.route.resource.clone(), reason });
+    }
+}
+
+fn request<T: Serialize + ?Sized>(
+    now: Now,
+    operation: Operation,
+    resource: String,
+    content: &T,
+) -> Message {
+    Message::new(now.unix_ms(), "edged", "meta", operation, resource, content)
+}
+
+/// What a reply says: an object (or `"OK"`), or the code and text of a refusal. The code is 0 when nobody knows.
+///
+/// Forms: `{"Object": …, "Err": …}`, a bare object, a bare `ErrStatus`, a text; or operation `error` with a text.
+pub fn reply_object(message: &Message) -> Result<Value, (u16, String)> {
+    let content: Value = message.content_as().map_err(|error| (0, error.to_string()))?;
+    if message.operation() == Some(Operation::Error) {
+        let text = content.as_str().map_or_else(|| content.to_string(), str::to_owned);
+        let code = if text.ends_with("not found") { 404 } else { 0 };
+        return Err((code, text));
+    }
+    if content.get("ErrStatus").is_some() {
+        return Err(refusal(&content));
+    }
+    let (Some(object), Some(err)) = (content.get("Object"), content.get("Err")) else {
+        return Ok(content);
+    };
+    match err {
+        Value::Null => Ok(object.clone()),
+        // An error that Go could not put into JSON.
+        Value::Object(fields) if fields.is_empty() && object.is_null() => {
+            Err((0, "the cloud failed and did not say why".into()))
+        }
+        Value::Object(fields) if fields.is_empty() => Ok(object.clone()),
+        err => Err(refusal(err)),
+    }
+}
+
+fn refusal(err: &Value) -> (u16, String) {
+    let status = &err["ErrStatus"];
+    let code = status["code"].as_u64().and_then(|code| u16::try_from(code).ok()).unwrap_or(0);
+    let code = match status["reason"].as_str() {
+        Some("NotFound") => 404,
+        Some("AlreadyExists" | "Conflict") => 409,
+        _ => code,
+    };
+    let text = status["message"].as_str().map_or_else(|| err.to_string(), str::to_owned);
+    (code, text)
+}

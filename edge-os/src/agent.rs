@@ -1,0 +1,569 @@
+//! The agent: one loop that owns the node's state.
+//!
+//! `select` turns link, pod engine, timers and lookups into one [`Action`]; [`Agent::apply`] feeds the machines of
+//! `skerry_edge_core` and drains them. Nothing else touches `Meta` and `Uplink`, so there is no lock; what it costs is
+//! that a slow disk delays everything, the link included.
+//!
+//! Order that matters: a push is durable before it is acknowledged, and known to the engine after that. Pods start
+//! from the database before the link is dialled.
+
+use crate::config::Config;
+use crate::enrol::EnrolError;
+use crate::link::{self, LinkEvent, chain};
+use crate::meta_store::{OpenError, Store, Trust};
+use crate::node;
+use crate::objects::{Found, LookupRequest, StoredObjects};
+use crate::pods::{
+    Engine, EngineConfig, EngineEvent, ObjectKind, ResetError, RuntimeInfo, StartError,
+};
+use crate::tunnel;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
+use serde_json::Value;
+use skerry_edge_core::Now;
+use skerry_edge_core::event::EventReport;
+use skerry_edge_core::meta::{Effect, Meta, Step};
+use skerry_edge_core::node::COMPUTE_INTERVAL;
+use skerry_edge_core::status::PodKey;
+use skerry_edge_core::uplink::{Output, Ticket, Uplink};
+use skerry_protocol::Message;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+/// Lookups of the engine that wait for the loop; then the engine's workers wait.
+const LOOKUPS_MAX: usize = 64;
+/// Looks at the machine between two looks at the images.
+const IMAGES_EVERY: u32 = 30;
+/// Images in the Node's status, as kubelet's default.
+const IMAGES_MAX: usize = 50;
+
+/// Why the agent ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AgentError {
+    /// The database cannot be used.
+    #[error("no database")]
+    Store(#[from] OpenError),
+    /// The pod engine did not start.
+    #[error("the pod engine did not start")]
+    Engine(#[from] StartError),
+    /// The node has no certificate, no way to get one, and nothing to run meanwhile.
+    #[error("the node could not join the cluster")]
+    Enrol(#[from] EnrolError),
+    /// Not everything was removed.
+    #[error("could not remove the pods of this node")]
+    Reset(#[from] ResetError),
+    /// A part that should run as long as the agent has ended.
+    #[error("{0} has stopped")]
+    Stopped(&'static str),
+}
+
+impl AgentError {
+    /// What a person can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Store(error) => error.hint(),
+            Self::Enrol(error) => error.hint(),
+            _ => None,
+        }
+    }
+}
+
+/// Runs the agent until `stop`; containers keep running after it.
+///
+/// # Errors
+///
+/// [`AgentError`] when it cannot start, or when a part of it has ended.
+pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentError> {
+    let config = Arc::new(config);
+    let (store, opened) = Store::open(&config.database())?;
+    let store = Arc::new(store);
+    if let Some((aside, reason)) = &opened.broken {
+        tracing::error!(
+            database = %config.database().display(), kept_as = %aside.display(), reason,
+            "the database was broken and is being rebuilt from the hub; until then nothing that runs is stopped. \
+             hint: if this comes back, check the disk"
+        );
+    }
+    let (meta, restored) = Meta::restore(&config.node_name, opened.rows, opened.tombstones);
+
+    let (lookups, lookup_requests) = mpsc::channel(LOOKUPS_MAX);
+    let objects = Arc::new(StoredObjects::new(store.clone(), lookups));
+    let (engine, engine_events) = start_engine(&config, objects, store.clone()).await?;
+    let engine = Arc::new(engine);
+
+    let now = now();
+    let seed = seed(&config.node_name, now);
+    let runtime = engine.runtime();
+    let facts = node::facts(&config, &runtime.borrow(), Vec::new());
+    let mut agent = Agent {
+        uplink: Uplink::new(facts, now, seed),
+        config: config.clone(),
+        store,
+        engine: engine.clone(),
+        meta,
+        trust: opened.trust,
+        outgoing: None,
+        waiting: HashMap::new(),
+        images: Vec::new(),
+    };
+    agent.start_pods(restored).await;
+    let rebuilding = opened.trust == Trust::Rebuilding;
+    agent.node_event("Starting", false, "Starting edgecore.");
+    if rebuilding {
+        agent.node_event(
+            "DatabaseLost",
+            true,
+            "The node's database was broken; it is being rebuilt from the hub.",
+        );
+    }
+
+    // The link after the pods: they do not wait for it.
+    let (link_events, from_link) = mpsc::channel(link::INCOMING_MAX);
+    let (credentials, credentials_seen) = watch::channel(None);
+    let mut parts = tokio::task::JoinSet::new();
+    parts.spawn(link::run(config.clone(), link_events, credentials, seed, stop.clone()));
+    if let Some(endpoint) = config.tunnel.clone() {
+        let tunnel = tunnel::Tunnel::new(config, endpoint, engine);
+        parts.spawn(tunnel.run(credentials_seen, seed, stop.clone()));
+    }
+    let result = agent.run(from_link, engine_events, lookup_requests, runtime, stop.clone()).await;
+    stop.cancel();
+    while parts.join_next().await.is_some() {}
+    result
+}
+
+/// Stops and removes every pod of this node, and its certificate.
+///
+/// # Errors
+///
+/// [`AgentError::Reset`] when something is left.
+pub async fn reset(config: Config) -> Result<(), AgentError> {
+    let (store, _) = Store::open(&config.database())?;
+    let store = Arc::new(store);
+    let (lookups, _requests) = mpsc::channel(1);
+    let objects = Arc::new(StoredObjects::new(store.clone(), lookups));
+    let (engine, mut events) = start_engine(&config, objects, store).await?;
+    // The engine waits for whoever reads its events.
+    let drain = tokio::spawn(async move { while events.recv().await.is_some() {} });
+    engine.reset().await?;
+    drop(engine);
+    drain.abort();
+    crate::enrol::forget(&config.pki())?;
+    Ok(())
+}
+
+async fn start_engine(
+    config: &Config,
+    objects: Arc<StoredObjects>,
+    store: Arc<Store>,
+) -> Result<(Engine, mpsc::Receiver<EngineEvent>), StartError> {
+    let mut engine = EngineConfig::new(
+        &config.node_name,
+        config.pod_dir.clone(),
+        config.pod_log_dir.clone(),
+        config.runtime_socket.clone(),
+    );
+    engine.node_ip = config.node_ip.or_else(node::default_address);
+    engine.cluster_dns = config.cluster_dns.clone();
+    engine.cluster_domain = config.cluster_domain.clone();
+    if let Some(root) = &config.cgroup_root {
+        engine.cgroup_root = root.clone();
+    }
+    if let Some(file) = &config.resolv_conf {
+        engine.resolv_conf = file.clone();
+    }
+    Engine::start(engine, objects, store).await
+}
+
+struct Agent {
+    config: Arc<Config>,
+    store: Arc<Store>,
+    engine: Arc<Engine>,
+    meta: Meta,
+    uplink: Uplink,
+    trust: Trust,
+    outgoing: Option<mpsc::Sender<Message>>,
+    waiting: HashMap<Ticket, oneshot::Sender<Found>>,
+    images: Vec<Value>,
+}
+
+/// All that can happen.
+enum Action {
+    Link(LinkEvent),
+    Engine(EngineEvent),
+    Lookup(LookupRequest),
+    /// Time to look at the machine, or the runtime's state is new.
+    Look,
+    /// A timer of the uplink, or room in the link's queue.
+    Poll,
+    /// A part of the agent has ended.
+    Ended(&'static str),
+    Stop,
+}
+
+impl Agent {
+    async fn run(
+        mut self,
+        mut link: mpsc::Receiver<LinkEvent>,
+        mut engine: mpsc::Receiver<EngineEvent>,
+        mut lookups: mpsc::Receiver<LookupRequest>,
+        mut runtime: watch::Receiver<RuntimeInfo>,
+        stop: CancellationToken,
+    ) -> Result<(), AgentError> {
+        let mut look = tokio::time::interval(COMPUTE_INTERVAL);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut looks: u32 = 0;
+        loop {
+            let blocked = self.drain().await;
+            let next = tokio::time::Instant::from_std(self.uplink.poll_timeout(now()));
+            let room = async {
+                match (&self.outgoing, blocked) {
+                    (Some(outgoing), true) => drop(outgoing.reserve().await),
+                    _ => tokio::time::sleep_until(next).await,
+                }
+            };
+            let action = tokio::select! {
+                () = stop.cancelled() => Action::Stop,
+                event = link.recv() => event.map_or(Action::Ended("the link"), Action::Link),
+                event = engine.recv() => event.map_or(Action::Ended("the pod engine"), Action::Engine),
+                Some(request) = lookups.recv() => Action::Lookup(request),
+                changed = runtime.changed() => {
+                    changed.map_or(Action::Ended("the pod engine"), |()| Action::Look)
+                }
+                _ = look.tick() => {
+                    if looks.is_multiple_of(IMAGES_EVERY) {
+                        self.look_at_images().await;
+                    }
+                    looks = looks.wrapping_add(1);
+                    Action::Look
+                }
+                () = room => Action::Poll,
+            };
+            match action {
+                Action::Stop => return Ok(()),
+                // The parts are told to stop at the same time, and one may be faster than this loop.
+                Action::Ended(_) if stop.is_cancelled() => return Ok(()),
+                Action::Ended(part) => return Err(AgentError::Stopped(part)),
+                Action::Look => {
+                    let info = runtime.borrow_and_update().clone();
+                    self.look(&info);
+                }
+                action => self.apply(action).await?,
+            }
+        }
+    }
+
+    async fn apply(&mut self, action: Action) -> Result<(), AgentError> {
+        match action {
+            Action::Link(LinkEvent::Connected { capabilities, outgoing }) => {
+                tracing::info!(
+                    digest = capabilities.digest,
+                    objects = self.meta.len(),
+                    "connected to the hub"
+                );
+                self.outgoing = Some(outgoing);
+                let digest = capabilities.digest.then(|| self.meta.start_digest());
+                if digest.is_none() {
+                    self.meta.digest_answered();
+                }
+                self.uplink.handle_connected(now(), digest);
+                self.engine.link_up().await;
+            }
+            Action::Link(LinkEvent::Message(message)) => self.handle_message(&message).await,
+            Action::Link(LinkEvent::Garbled(error)) => {
+                tracing::warn!(error = chain(&error), "the hub sent something that is no message");
+            }
+            Action::Link(LinkEvent::Disconnected { reason }) => {
+                if self.uplink.is_connected() {
+                    tracing::warn!(reason, "the link is down; pods go on from the database");
+                } else {
+                    tracing::info!(reason, "no link");
+                }
+                self.outgoing = None;
+                self.meta.digest_answered();
+                self.uplink.handle_disconnected();
+            }
+            Action::Link(LinkEvent::NotEnrolled(error)) => {
+                if self.meta.is_empty() {
+                    return Err(error.into()); // nothing to run meanwhile: say so and end
+                }
+                let hint = error.hint().unwrap_or_default();
+                tracing::error!(
+                    error = chain(&error),
+                    hint,
+                    "the node is not in the cluster; its pods go on"
+                );
+            }
+            Action::Engine(EngineEvent::Status(update)) => {
+                let key = PodKey::new(&update.namespace, &update.name, &update.uid);
+                if self.holds(&key) {
+                    let status = serde_json::to_value(&update.status).unwrap_or_default();
+                    let store = self.store.clone();
+                    let path = pod_path(&key);
+                    self.uplink.report_pod(key, status, || {
+                        let row: Value = serde_json::from_str(&store.read(&path)?).ok()?;
+                        row.get("status").cloned()
+                    });
+                }
+            }
+            Action::Engine(EngineEvent::Gone(gone)) => {
+                let key = PodKey::new(&gone.namespace, &gone.name, &gone.uid);
+                if self.holds(&key) {
+                    self.uplink.finish_pod(key);
+                }
+            }
+            Action::Engine(EngineEvent::Event(event)) => {
+                let report = EventReport {
+                    kind: "Pod",
+                    namespace: event.namespace,
+                    name: event.name,
+                    uid: event.uid,
+                    field_path: event.field_path,
+                    warning: event.warning,
+                    reason: event.reason.into(),
+                    message: event.message,
+                };
+                self.uplink.push_event(now(), report);
+            }
+            Action::Lookup(request) => {
+                let ticket = self.uplink.lookup(now(), request.path, request.content);
+                self.waiting.insert(ticket, request.answer);
+            }
+            Action::Look | Action::Poll | Action::Ended(_) | Action::Stop => {}
+        }
+        Ok(())
+    }
+
+    /// Carries out what the uplink asks for. Returns whether messages wait for room in the link's queue.
+    async fn drain(&mut self) -> bool {
+        while let Some(output) = self.uplink.poll_output(now()) {
+            self.handle_output(output).await;
+        }
+        let Some(outgoing) = self.outgoing.clone() else { return false };
+        loop {
+            let Ok(permit) = outgoing.try_reserve() else { return !outgoing.is_closed() };
+            match self.uplink.poll_transmit(now()) {
+                Some(message) => permit.send(message),
+                None => return false,
+            }
+        }
+    }
+
+    async fn handle_message(&mut self, message: &Message) {
+        let route = &message.route;
+        tracing::debug!(
+            msg_id = message.header.msg_id,
+            operation = route.operation,
+            resource = route.resource,
+            "down"
+        );
+        if !message.header.parent_msg_id.is_empty() {
+            if !self.uplink.handle_reply(now(), message) {
+                tracing::debug!(resource = route.resource, "a reply that nobody waits for");
+            }
+            return;
+        }
+        match route.group.as_str() {
+            "resource" | "func" => {
+                let step = self.meta.handle_push(now(), message);
+                self.carry_out(step).await;
+            }
+            group => tracing::debug!(group, resource = route.resource, "not for this agent"),
+        }
+    }
+
+    /// Makes a step durable, then acknowledges it, then lets it take effect. Returns whether it is durable.
+    async fn carry_out(&mut self, step: Step) -> bool {
+        if let Some(write) = step.write.clone()
+            && self.store.write(write).await.is_err()
+        {
+            return false; // logged by the store; the hub sends it again
+        }
+        let (ack, effects) = self.meta.commit(step);
+        if let Some(ack) = ack {
+            self.uplink.acknowledge(ack);
+            self.drain_acks();
+        }
+        for effect in effects {
+            self.take_effect(effect).await;
+        }
+        true
+    }
+
+    /// Acknowledgements need not wait until the engine has taken an effect.
+    fn drain_acks(&mut self) {
+        let Some(outgoing) = &self.outgoing else { return };
+        if let Ok(permit) = outgoing.try_reserve()
+            && let Some(message) = self.uplink.poll_transmit(now())
+        {
+            permit.send(message);
+        }
+    }
+
+    async fn take_effect(&mut self, effect: Effect) {
+        match effect {
+            Effect::PodUpsert(pod) => self.engine.upsert(Arc::new(*pod)).await,
+            Effect::PodRemove { namespace, name, uid } => {
+                self.uplink.forget_pod(&uid);
+                self.engine.remove(&namespace, &name, &uid).await;
+            }
+            Effect::ObjectChanged { kind, namespace, name } => {
+                let kind = match kind.as_str() {
+                    "secret" => ObjectKind::Secret,
+                    _ => ObjectKind::ConfigMap,
+                };
+                self.engine.objects_changed(kind, &namespace, &name).await;
+            }
+            Effect::OwnNode(node) => self.uplink.handle_own_node(&node),
+            Effect::OwnNodeGone => self.uplink.handle_own_node_gone(),
+            Effect::Ignored { resource, reason } => {
+                tracing::warn!(resource, reason, "of no use here, acknowledged");
+            }
+        }
+    }
+
+    async fn handle_output(&mut self, output: Output) {
+        match output {
+            Output::Answer { ticket, path, found, ack } => {
+                let mut found = found;
+                if let Ok(Some(object)) = &found
+                    && matches!(path.kind(), "configmap" | "secret")
+                {
+                    let step = self.meta.handle_answer(&path, object.clone());
+                    if !self.carry_out(step).await {
+                        found = Err("the object could not be stored on this node".into());
+                    }
+                }
+                if let (Some(ack), true) = (ack, found.is_ok()) {
+                    self.uplink.acknowledge(ack);
+                }
+                if let Some(waiter) = self.waiting.remove(&ticket) {
+                    let _ = waiter.send(found); // the engine may have given up
+                }
+            }
+            Output::Object { path, object } => {
+                let step = self.meta.handle_answer(&path, object);
+                self.carry_out(step).await;
+            }
+            Output::DigestAnswered => self.handle_digest_answered().await,
+            Output::PodFinished(key) => {
+                tracing::info!(pod = %pod_path(&key), uid = key.uid, "finished pod was deleted in the cluster");
+            }
+            Output::Refused { resource, reason } => {
+                tracing::warn!(resource, reason, "the hub refused a request");
+            }
+            Output::EventsDropped(count) => {
+                tracing::warn!(count, "events were dropped: more than the queue holds");
+            }
+            Output::Reconnect(reason) => {
+                tracing::warn!(reason, "dialling again");
+                self.outgoing = None; // the link sees that its sender is gone
+                self.uplink.handle_disconnected();
+            }
+        }
+    }
+
+    /// The hub has told everything: from now on, what is not in the database is not wanted.
+    async fn handle_digest_answered(&mut self) {
+        self.meta.digest_answered();
+        if self.trust == Trust::Complete || self.store.set_trust(Trust::Complete).await.is_err() {
+            return;
+        }
+        if self.trust == Trust::Rebuilding {
+            tracing::info!(objects = self.meta.len(), "the database is rebuilt from the hub");
+            self.node_event(
+                "DatabaseRebuilt",
+                false,
+                "The node's database was rebuilt from the hub.",
+            );
+        }
+        self.trust = Trust::Complete;
+        let read = |path: &str| serde_json::from_str::<Pod>(&self.store.read(path)?).ok();
+        let pods: Vec<_> = self.meta.paths("pod").filter_map(read).map(Arc::new).collect();
+        self.engine.set_pods(pods).await;
+    }
+
+    /// Starts what the database holds, before any link.
+    async fn start_pods(&mut self, restored: Vec<Effect>) {
+        let mut pods = Vec::new();
+        for effect in restored {
+            match effect {
+                Effect::PodUpsert(pod) => pods.push(Arc::new(*pod)),
+                other => self.take_effect(other).await,
+            }
+        }
+        tracing::info!(node = self.config.node_name, pods = pods.len(), trust = ?self.trust, "starting from the database");
+        if self.trust == Trust::Complete {
+            self.engine.set_pods(pods).await;
+        } else {
+            // Not known to be all: what else runs here is left alone.
+            for pod in pods {
+                self.engine.upsert(pod).await;
+            }
+        }
+    }
+
+    fn look(&mut self, runtime: &RuntimeInfo) {
+        let facts = node::facts(&self.config, runtime, self.images.clone());
+        let health = node::health(&self.config, runtime, self.trust == Trust::Rebuilding);
+        let message = health.not_ready.join(", ");
+        match self.uplink.update_node(now(), facts, health) {
+            Some(true) => {
+                tracing::info!("the node is ready");
+                self.node_event("NodeReady", false, "Node status is now: NodeReady");
+            }
+            Some(false) => {
+                tracing::warn!(reason = message, "the node is not ready");
+                self.node_event("NodeNotReady", false, "Node status is now: NodeNotReady");
+            }
+            None => {}
+        }
+    }
+
+    async fn look_at_images(&mut self) {
+        // A runtime that does not answer is reported by the node's conditions already.
+        if let Ok(images) = self.engine.images().await {
+            self.images = images.iter().take(IMAGES_MAX).map(node::image).collect();
+        }
+    }
+
+    fn node_event(&mut self, reason: &str, warning: bool, message: &str) {
+        let name = self.config.node_name.clone();
+        let report = EventReport {
+            kind: "Node",
+            namespace: String::new(),
+            uid: name.clone(),
+            name,
+            field_path: String::new(),
+            warning,
+            reason: reason.into(),
+            message: message.into(),
+        };
+        self.uplink.push_event(now(), report);
+    }
+
+    fn holds(&self, key: &PodKey) -> bool {
+        self.meta.held(&pod_path(key)).is_some_and(|held| held.uid == key.uid)
+    }
+}
+
+fn pod_path(key: &PodKey) -> String {
+    format!("{}/pod/{}", key.namespace, key.name)
+}
+
+fn now() -> Now {
+    Now { mono: Instant::now(), wall: Timestamp::now() }
+}
+
+/// Different for each node and each start; jitter only.
+fn seed(node: &str, now: Now) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    (node, std::process::id(), now.wall.as_nanosecond()).hash(&mut hasher);
+    hasher.finish()
+}

@@ -1,0 +1,420 @@
+//! The configuration of EdgeCore: one YAML file, read once, all mistakes told together.
+//!
+//! KubeEdge's own `edgecore.yaml` is not read yet; it is recognised and refused with that reason.
+
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+/// KubeEdge's default project id; part of the path that the hub ignores.
+pub const PROJECT_ID: &str = "e632aba927ea4ac2b575ec1603d56f10";
+
+/// Every key, with what it is; the reference for people.
+pub const KEYS: [(&str, &str); 16] = [
+    ("nodeName", "name of the Node, unique in the cluster (required)"),
+    ("hub", "address of the hub, `wss://host:10000`, or a list that is tried in turn (required)"),
+    ("enrol", "address of the enrolment listener, `https://host:10002` (required)"),
+    (
+        "tunnel",
+        "address of the log tunnel, `wss://host:10004`; no logs from the cluster without it",
+    ),
+    ("token", "join token; needed once"),
+    ("tokenFile", "file with the join token, instead of `token`"),
+    ("dir", "directory for the database and certificates (required)"),
+    ("podDir", "directory for pod data, `<dir>/kubelet` by default"),
+    ("podLogDir", "directory for container logs, `/var/log/pods` by default"),
+    ("runtimeSocket", "containerd's socket, `/run/containerd/containerd.sock` by default"),
+    ("nodeIP", "address of the node, that of the default route by default"),
+    ("labels", "labels for the Node, a map of texts"),
+    ("clusterDNS", "list of DNS server addresses for pods"),
+    ("clusterDomain", "`cluster.local` by default"),
+    (
+        "cgroupRoot",
+        "parent cgroup of all pods, `/kubepods` by default; empty leaves it to the runtime",
+    ),
+    ("resolvConf", "resolver file of the node, `/etc/resolv.conf` by default"),
+];
+
+/// How EdgeCore is to run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Name of the Node.
+    pub node_name: String,
+    /// Hub addresses, tried in turn.
+    pub hubs: Vec<Endpoint>,
+    /// Enrolment listener.
+    pub enrol: Endpoint,
+    /// Tunnel listener.
+    pub tunnel: Option<Endpoint>,
+    /// Where the join token is.
+    pub token: Option<TokenSource>,
+    /// Database and certificates.
+    pub dir: PathBuf,
+    /// Pod data.
+    pub pod_dir: PathBuf,
+    /// Container logs.
+    pub pod_log_dir: PathBuf,
+    /// Unix socket of the runtime.
+    pub runtime_socket: PathBuf,
+    /// Address of the node.
+    pub node_ip: Option<IpAddr>,
+    /// Labels of the Node.
+    pub labels: BTreeMap<String, String>,
+    /// DNS servers of pods.
+    pub cluster_dns: Vec<IpAddr>,
+    /// Domain of the cluster.
+    pub cluster_domain: String,
+    /// Parent cgroup, when it is not the default.
+    pub cgroup_root: Option<String>,
+    /// Resolver file, when it is not the default.
+    pub resolv_conf: Option<PathBuf>,
+}
+
+/// A join token, or the file that holds it and is read each time it is needed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TokenSource {
+    /// In the configuration itself.
+    Text(String),
+    /// In a file.
+    File(PathBuf),
+}
+
+/// Host and port of a TLS listener.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Name or address, without brackets.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("could not read configuration `{path}`")]
+    Read {
+        /// Which one.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Not YAML.
+    #[error("configuration `{path}` is not valid YAML: {message}")]
+    Yaml {
+        /// Which one.
+        path: PathBuf,
+        /// What the parser said, with line and column.
+        message: String,
+    },
+    /// A KubeEdge file.
+    #[error("configuration `{path}` is KubeEdge's own (`{api_version}`), which is not read yet")]
+    KubeEdge {
+        /// Which one.
+        path: PathBuf,
+        /// Its `apiVersion`.
+        api_version: String,
+    },
+    /// YAML, but not a configuration.
+    #[error("configuration `{path}` has {} mistake(s): {}", mistakes.len(), mistakes.join("; "))]
+    Mistakes {
+        /// Which one.
+        path: PathBuf,
+        /// All of them.
+        mistakes: Vec<String>,
+    },
+}
+
+impl ConfigError {
+    /// What a person can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::KubeEdge { .. } => {
+                Some("write a file with the keys nodeName, hub, enrol, dir and token".into())
+            }
+            Self::Mistakes { .. } => {
+                let known: Vec<_> = KEYS.iter().map(|(key, _)| *key).collect();
+                Some(format!("known keys: {}", known.join(", ")))
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Config {
+    /// Reads and checks the file at `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`], with every mistake in the file.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        Self::parse(path, &text)
+    }
+
+    /// Checks `text`, which was read from `path`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::read`].
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        let value: Value = serde_saphyr::from_str(text).map_err(|error| ConfigError::Yaml {
+            path: path.to_owned(),
+            message: error.to_string(),
+        })?;
+        let api_version = value["apiVersion"].as_str().unwrap_or_default();
+        if api_version.contains("kubeedge.io/") {
+            let api_version = api_version.to_owned();
+            return Err(ConfigError::KubeEdge { path: path.to_owned(), api_version });
+        }
+        let mistakes = |mistakes| ConfigError::Mistakes { path: path.to_owned(), mistakes };
+        let Value::Object(fields) = value else {
+            return Err(mistakes(vec!["the file is not a map of keys".into()]));
+        };
+        let mut fields = Fields { fields, mistakes: Vec::new() };
+        let config = fields.config();
+        if !fields.mistakes.is_empty() {
+            return Err(mistakes(fields.mistakes));
+        }
+        Ok(config)
+    }
+
+    /// The database file.
+    pub fn database(&self) -> PathBuf {
+        self.dir.join("state.db")
+    }
+
+    /// The directory of certificates.
+    pub fn pki(&self) -> PathBuf {
+        self.dir.join("pki")
+    }
+}
+
+impl Endpoint {
+    /// Reads `<scheme>://<host>[:<port>][/]`.
+    ///
+    /// # Errors
+    ///
+    /// A text that says what is wrong.
+    pub fn parse(text: &str, scheme: &str, default_port: u16) -> Result<Self, String> {
+        let bad = || format!("`{text}` is not an address like `{scheme}://host:{default_port}`");
+        let rest = text.strip_prefix(scheme).and_then(|rest| rest.strip_prefix("://"));
+        let rest = rest.ok_or_else(bad)?.trim_end_matches('/');
+        let (host, port) = match rest.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+            Some((host, port)) => (host, port.strip_prefix(':').or(port.is_empty().then_some(""))),
+            None => match rest.rsplit_once(':') {
+                Some((host, port)) => (host, Some(port)),
+                None => (rest, Some("")),
+            },
+        };
+        let port = match port.ok_or_else(bad)? {
+            "" => default_port,
+            port => port.parse().ok().filter(|port| *port != 0).ok_or_else(bad)?,
+        };
+        if host.is_empty() || host.contains(['/', '@', '?', ' ']) {
+            return Err(bad());
+        }
+        Ok(Self { host: host.into(), port })
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.contains(':') {
+            true => write!(f, "[{}]:{}", self.host, self.port),
+            false => write!(f, "{}:{}", self.host, self.port),
+        }
+    }
+}
+
+struct Fields {
+    fields: Map<String, Value>,
+    mistakes: Vec<String>,
+}
+
+impl Fields {
+    fn config(&mut self) -> Config {
+        let node_name = self.text("nodeName").unwrap_or_else(|| self.missing("nodeName"));
+        let allowed =
+            |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-.".contains(&byte);
+        if !node_name.bytes().all(allowed)
+            || node_name.len() > 253
+            || node_name.starts_with(['-', '.'])
+        {
+            self.mistakes.push(format!("nodeName `{node_name}` is not a lower-case DNS name"));
+        }
+        let hubs = match self.fields.remove("hub") {
+            Some(Value::String(one)) => vec![one],
+            Some(Value::Array(list)) if !list.is_empty() && list.iter().all(Value::is_string) => {
+                list.iter().filter_map(Value::as_str).map(str::to_owned).collect()
+            }
+            None => {
+                self.missing("hub");
+                Vec::new()
+            }
+            Some(_) => {
+                self.mistakes.push("hub is not an address or a list of addresses".into());
+                Vec::new()
+            }
+        };
+        let hubs = hubs.iter().filter_map(|hub| self.endpoint("hub", hub, "wss", 10000)).collect();
+        let enrol = self.text("enrol").unwrap_or_else(|| self.missing("enrol"));
+        let enrol = match enrol.as_str() {
+            "" => None,
+            enrol => self.endpoint("enrol", enrol, "https", 10002),
+        };
+        let tunnel =
+            self.text("tunnel").and_then(|url| self.endpoint("tunnel", &url, "wss", 10004));
+        let token = match (self.text("token"), self.text("tokenFile")) {
+            (Some(_), Some(_)) => {
+                self.mistakes.push("token and tokenFile are both given".into());
+                None
+            }
+            (Some(text), None) => Some(TokenSource::Text(text)),
+            (None, Some(file)) => Some(TokenSource::File(file.into())),
+            (None, None) => None,
+        };
+        let dir = PathBuf::from(self.text("dir").unwrap_or_else(|| self.missing("dir")));
+        let pod_dir = self.text("podDir").map_or_else(|| dir.join("kubelet"), PathBuf::from);
+        let pod_log_dir =
+            self.text("podLogDir").map_or_else(|| "/var/log/pods".into(), PathBuf::from);
+        let socket = self.text("runtimeSocket");
+        let socket = socket.unwrap_or_else(|| "/run/containerd/containerd.sock".into());
+        let runtime_socket = socket.strip_prefix("unix://").unwrap_or(&socket).into();
+        let node_ip = self.text("nodeIP").and_then(|text| self.address("nodeIP", &text));
+        let labels = match self.fields.remove("labels") {
+            None | Some(Value::Null) => BTreeMap::new(),
+            Some(Value::Object(map)) if map.values().all(Value::is_string) => map
+                .into_iter()
+                .map(|(key, value)| (key, value.as_str().unwrap_or_default().to_owned()))
+                .collect(),
+            Some(_) => {
+                self.mistakes.push("labels is not a map of texts".into());
+                BTreeMap::new()
+            }
+        };
+        let cluster_dns = match self.fields.remove("clusterDNS") {
+            None | Some(Value::Null) => Vec::new(),
+            Some(Value::Array(list)) => list
+                .iter()
+                .filter_map(|one| self.address("clusterDNS", one.as_str().unwrap_or_default()))
+                .collect(),
+            Some(_) => {
+                self.mistakes.push("clusterDNS is not a list of addresses".into());
+                Vec::new()
+            }
+        };
+        let cluster_domain = self.text("clusterDomain").unwrap_or_else(|| "cluster.local".into());
+        let cgroup_root = self.text("cgroupRoot");
+        let resolv_conf = self.text("resolvConf").map(PathBuf::from);
+        for key in self.fields.keys() {
+            self.mistakes.push(format!("key `{key}` is not known"));
+        }
+        Config {
+            node_name,
+            hubs,
+            enrol: enrol.unwrap_or(Endpoint { host: String::new(), port: 0 }),
+            tunnel,
+            token,
+            dir,
+            pod_dir,
+            pod_log_dir,
+            runtime_socket,
+            node_ip,
+            labels,
+            cluster_dns,
+            cluster_domain,
+            cgroup_root,
+            resolv_conf,
+        }
+    }
+
+    fn text(&mut self, key: &str) -> Option<String> {
+        match self.fields.remove(key)? {
+            Value::String(text) => Some(text),
+            Value::Null => None,
+            _ => {
+                self.mistakes.push(format!("{key} is not a text"));
+                None
+            }
+        }
+    }
+
+    fn missing(&mut self, key: &str) -> String {
+        self.mistakes.push(format!("{key} is missing"));
+        String::new()
+    }
+
+    fn endpoint(&mut self, key: &str, text: &str, scheme: &str, port: u16) -> Option<Endpoint> {
+        let parsed = Endpoint::parse(text, scheme, port);
+        parsed.map_err(|error| self.mistakes.push(format!("{key}: {error}"))).ok()
+    }
+
+    fn address(&mut self, key: &str, text: &str) -> Option<IpAddr> {
+        let parsed = text.parse();
+        parsed.map_err(|_| self.mistakes.push(format!("{key}: `{text}` is not an IP address"))).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEAST: &str = "nodeName: edge1\nhub: wss://10.0.0.1\nenrol: https://hub.example:10002/\ndir: /var/lib/skerry\n";
+
+    fn check(text: &str) -> Result<Config, String> {
+        Config::parse(Path::new("edge.yaml"), text).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn least_configuration_gets_its_defaults() {
+        let config = check(LEAST).expect("enough");
+        assert_eq!(config.hubs, [Endpoint { host: "10.0.0.1".into(), port: 10000 }]);
+        assert_eq!(config.enrol.to_string(), "hub.example:10002");
+        assert_eq!(config.pod_dir, Path::new("/var/lib/skerry/kubelet"));
+        assert_eq!(config.tunnel, None);
+    }
+
+    #[test]
+    fn all_mistakes_are_told_together() {
+        let error = check("nodeName: Edge_1\nhub: http://x\nport: 5\nlabels: [a]\nnodeIP: here\n")
+            .expect_err("bad");
+        for part in [
+            "7 mistake(s)",
+            "nodeName `Edge_1` is not a lower-case DNS name",
+            "hub: `http://x` is not an address like `wss://host:10000`",
+            "enrol is missing",
+            "dir is missing",
+            "labels is not a map of texts",
+            "nodeIP: `here` is not an IP address",
+            "key `port` is not known",
+        ] {
+            assert!(error.contains(part), "{part} is not in: {error}");
+        }
+    }
+
+    #[test]
+    fn file_of_kubeedge_is_refused_with_the_reason() {
+        let error = check("apiVersion: edgecore.config.kubeedge.io/v1alpha2\nkind: EdgeCore\n")
+            .expect_err("foreign");
+        assert!(error.contains("KubeEdge's own"), "{error}");
+    }
+
+    #[test]
+    fn every_known_key_is_taken() {
+        let mut text = LEAST.to_owned();
+        text += "tunnel: wss://[::1]:10004\ntokenFile: /t\npodDir: /p\npodLogDir: /l\nruntimeSocket: unix:///r.sock\n\
+            nodeIP: 10.0.0.2\nlabels: {site: lisbon}\nclusterDNS: [10.0.0.53]\nclusterDomain: x\ncgroupRoot: \"\"\nresolvConf: /r\n";
+        let config = check(&text).expect("all known");
+        assert_eq!(config.tunnel.map(|tunnel| tunnel.to_string()), Some("[::1]:10004".into()));
+        assert_eq!(config.runtime_socket, Path::new("/r.sock"));
+        assert_eq!(config.token, Some(TokenSource::File("/t".into())));
+        for (key, _) in KEYS.iter().filter(|(key, _)| *key != "token") {
+            assert!(text.contains(&format!("{key}:")), "{key} is not in this test");
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! EdgeCore: the agent of one edge node.
+//!
+//! `agent` is the one owner of the node's state: it turns what the link, the pod engine and the timers say into calls
+//! of the machines in `skerry_edge_core`, and carries out what they answer. Everything else here is one kind of I/O.
+
+pub mod agent;
+pub mod config;
+pub mod containerd;
+pub mod cri;
+pub mod enrol;
+pub mod link;
+pub mod meta_store;
+pub mod node;
+pub mod objects;
+pub mod pods;
+pub mod tls;
+pub mod tunnel;

