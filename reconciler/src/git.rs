@@ -172,7 +172,7 @@ impl Remote {
                 }
                 if self.repository.is_none() {
                     let open = gix::open_opts(path, gix::open::Options::isolated());
-                    self.repository = Some(open.map_err(|source| gone(source.into()))?);
+                    self.repository = Some(open.map_err(gone)?);
                 }
                 (format!("refs/heads/{}", self.branch), path.display().to_string())
             }
@@ -241,8 +241,8 @@ impl Reader<'_> {
             what: format!("commit {head}"),
             source: source.into(),
         };
-        let commit = self.repository.find_commit(head).map_err(|error| read(error.into()))?;
-        let tree = commit.tree().map_err(|error| read(error.into()))?;
+        let commit = self.repository.find_commit(head).map_err(&read)?;
+        let tree = commit.tree().map_err(read)?;
         self.tree(&tree, "", 0)
     }
 
@@ -253,7 +253,7 @@ impl Reader<'_> {
             source: source.into(),
         };
         for entry in tree.iter() {
-            let entry = entry.map_err(|error| read(error.into()))?;
+            let entry = entry.map_err(&read)?;
             let Ok(name) = std::str::from_utf8(entry.filename()) else { continue };
             if depth == 0 && name != "fleet.yaml" && !Source::wants_folder(name) {
                 continue;
@@ -267,7 +267,7 @@ impl Reader<'_> {
                     );
                 }
                 EntryKind::Tree => {
-                    let object = entry.object().map_err(|error| read(error.into()))?;
+                    let object = entry.object().map_err(&read)?;
                     self.tree(&object.into_tree(), &format!("{path}/"), depth + 1)?;
                 }
                 EntryKind::Blob | EntryKind::BlobExecutable if Source::wants(&path) => {
@@ -298,14 +298,12 @@ impl Reader<'_> {
         let content = match self.old.get(&id).or_else(|| self.blobs.get(&id)) {
             Some(content) => content.clone(),
             None => {
-                let header =
-                    self.repository.find_header(id).map_err(|error| read(&path, error.into()))?;
+                let header = self.repository.find_header(id).map_err(|error| read(&path, error))?;
                 if header.size() > FILE_MAX as u64 {
                     self.source.insert_too_large(path, header.size());
                     return Ok(());
                 }
-                let object =
-                    self.repository.find_object(id).map_err(|error| read(&path, error.into()))?;
+                let object = self.repository.find_object(id).map_err(|error| read(&path, error))?;
                 object.detach().data.into()
             }
         };
@@ -338,8 +336,7 @@ fn open_copy(copy: &Path) -> Result<gix::Repository, GitError> {
     let _ = std::fs::remove_dir_all(copy);
     std::fs::create_dir_all(copy)
         .map_err(|source| GitError::Read { what: what(), source: source.into() })?;
-    gix::init_bare(copy)
-        .map_err(|source| GitError::Read { what: what(), source: gix::Error::from(source).into() })
+    gix::init_bare(copy).map_err(|source| GitError::Read { what: what(), source: source.into() })
 }
 
 fn fetch(

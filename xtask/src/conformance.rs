@@ -214,7 +214,7 @@ fn steps(ns: &str, image: &str) -> Vec<Step> {
 
     vec![
         step("version -o json").says("serverVersion"),
-        step("api-resources").says("deployments").says("deploy").says("Namespaced".to_lowercase().as_str()),
+        step("api-resources").says("deployments").says("deploy").says("NAMESPACED"),
         step("api-versions").says("apps/v1"),
         step("get --raw /readyz").says("ok"),
         step("explain deployment.spec.strategy").says("rollingUpdate"),

@@ -114,10 +114,11 @@ pub fn default(object: &mut Value, node: &Node, schemas: &Schemas) {
             let Some(item_node) = &schema.items else { return };
             let item_schema = schemas.resolve(item_node);
             for item in items {
-                if item.is_null() && !item_schema.nullable {
-                    if let Some(default) = &item_schema.default {
-                        *item = default.clone();
-                    }
+                if item.is_null()
+                    && !item_schema.nullable
+                    && let Some(default) = &item_schema.default
+                {
+                    *item = default.clone();
                 }
                 default(item, item_node, schemas);
             }

@@ -38,10 +38,8 @@ pub fn validate(resource: &Resource, object: &Value, old: Option<&Value>) -> Vec
         ("", "Service") => config::check_service(spec, old_spec, &mut errors),
         ("", "PersistentVolumeClaim") => config::check_claim(spec, old_spec, &mut errors),
         ("", "PersistentVolume") => config::check_volume(spec, &mut errors),
-        ("apps", "ControllerRevision") => {
-            if old.is_some_and(|old| old["data"] != object["data"]) {
-                errors.immutable("data", &object["data"]);
-            }
+        ("apps", "ControllerRevision") if old.is_some_and(|old| old["data"] != object["data"]) => {
+            errors.immutable("data", &object["data"]);
         }
         ("apps", kind) => workload::check(kind, spec, old_spec, &mut errors),
         ("batch", "Job") => workload::check_job(spec, old_spec, "spec", &mut errors),

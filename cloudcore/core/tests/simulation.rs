@@ -3,6 +3,11 @@
 //!
 //! Replay one run with `SKERRY_SEED=<seed>`; a failure prints its seed.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a test starts its clock somewhere and takes its seed from outside"
+)]
+
 use serde_json::{Value, json};
 use skerry_cloudcore_core::downstream::{Downstream, Input, Key, Kind, Output, SessionId};
 use skerry_protocol::capability::Capabilities;

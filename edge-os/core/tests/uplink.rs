@@ -12,6 +12,7 @@ use skerry_edge_core::status::PodKey;
 use skerry_edge_core::uplink::{KEEPALIVE_INTERVAL, LOOKUP_TIMEOUT, Output, Uplink};
 use skerry_protocol::{Message, Operation};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::time::{Duration, Instant};
 
 #[derive(Default)]
@@ -94,14 +95,14 @@ fn last_status_of_every_pod_arrives_whatever_happens_to_the_link() {
             }
             if working {
                 let name = format!("p{}", random.below(5));
-                if !ended.contains_key(&name) {
+                if let Entry::Vacant(end) = ended.entry(name.clone()) {
                     version += 1;
                     let status = json!({"phase": "Running", "message": version.to_string()});
                     uplink.report_pod(PodKey::new("default", &name, &name), status, || None);
                     last.insert(name.clone(), version);
                     if random.below(40) == 0 {
                         uplink.finish_pod(PodKey::new("default", &name, &name));
-                        ended.insert(name, ());
+                        end.insert(());
                     }
                 }
             }

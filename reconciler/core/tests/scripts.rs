@@ -60,10 +60,10 @@ fn run(script: &str) -> String {
     for line in script.lines() {
         let header = line.strip_prefix("-- ").and_then(|rest| rest.strip_suffix(" --"));
         let command = line.strip_prefix("> ");
-        if header.is_some() || command.is_some() {
-            if let Some((path, content)) = file.take() {
-                fleet.source.insert(path, content.into_bytes().into()).unwrap();
-            }
+        if (header.is_some() || command.is_some())
+            && let Some((path, content)) = file.take()
+        {
+            fleet.source.insert(path, content.into_bytes().into()).unwrap();
         }
         match (header, command) {
             (Some(header), _) => match header.strip_suffix(" gone") {

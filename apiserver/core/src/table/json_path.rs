@@ -41,9 +41,9 @@ impl Step<'_> {
             (Self::Where(path, equal, wanted), Value::Array(list)) => {
                 let is_wanted = |item: &&Value| {
                     let found = find(path, item);
-                    let same = found.iter().any(|value| match value {
-                        Value::String(text) => text == wanted,
-                        other => other.to_string() == *wanted,
+                    let same = found.iter().any(|value| {
+                        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                        text == *wanted
                     });
                     same == *equal
                 };
@@ -59,8 +59,8 @@ fn parse_step(text: &str) -> Option<(Step<'_>, &str)> {
         return parse_bracket(rest);
     }
     let rest = text.strip_prefix('.').unwrap_or(text);
-    if rest.starts_with('[') {
-        return parse_bracket(&rest[1..]);
+    if let Some(bracket) = rest.strip_prefix('[') {
+        return parse_bracket(bracket);
     }
     let (mut name, mut escaped) = (String::new(), false);
     let mut end = rest.len();

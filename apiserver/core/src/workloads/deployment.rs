@@ -317,14 +317,15 @@ impl<'a> Rollout<'a> {
         let active: Vec<&Value> = self.all().filter(|set| replicas(set) > 0).collect();
         let latest = || self.new.or_else(|| self.old.last().copied());
         if active.len() <= 1 {
-            if let Some(set) = active.first().copied().or_else(latest) {
-                if !self.scale_to(steps, set, self.wanted) && self.is_being_scaled() {
-                    steps.push(Step::Annotate {
-                        name: name(set).to_owned(),
-                        annotations: self.size_annotations(),
-                        min_ready_seconds: None,
-                    });
-                }
+            if let Some(set) = active.first().copied().or_else(latest)
+                && !self.scale_to(steps, set, self.wanted)
+                && self.is_being_scaled()
+            {
+                steps.push(Step::Annotate {
+                    name: name(set).to_owned(),
+                    annotations: self.size_annotations(),
+                    min_ready_seconds: None,
+                });
             }
             return;
         }
@@ -447,10 +448,10 @@ impl<'a> Rollout<'a> {
         if self.old_pods_run {
             return;
         }
-        if self.ensure_new(steps) {
-            if let Some(new) = self.new {
-                self.scale_to(steps, new, self.wanted);
-            }
+        if self.ensure_new(steps)
+            && let Some(new) = self.new
+        {
+            self.scale_to(steps, new, self.wanted);
         }
     }
 

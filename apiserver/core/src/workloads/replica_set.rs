@@ -64,7 +64,7 @@ pub fn replicas(object: &Value) -> i64 {
 }
 
 /// The `count` pods whose loss hurts least.
-fn cheapest<'a>(mut pods: Vec<&'a Value>, count: usize, now: Timestamp) -> Vec<&'a Value> {
+fn cheapest(mut pods: Vec<&Value>, count: usize, now: Timestamp) -> Vec<&Value> {
     let mut crowd: HashMap<&str, usize> = HashMap::new();
     for pod in &pods {
         *crowd.entry(text(pod, "/spec/nodeName")).or_default() += 1;

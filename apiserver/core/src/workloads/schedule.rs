@@ -579,7 +579,7 @@ mod tests {
             {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {"app": "a"}}}]}});
         let nodes = [node("a", json!({})), node("b", json!({}))];
         let plain = pod("old", json!({"nodeName": "a"}));
-        check(&nodes, &[plain.clone()], json!({"affinity": anti}), Ok("b"));
+        check(&nodes, std::slice::from_ref(&plain), json!({"affinity": anti}), Ok("b"));
         let averse = pod("old", json!({"nodeName": "a", "affinity": anti}));
         check(&nodes, std::slice::from_ref(&averse), json!({}), Ok("b"));
         let reason = "0/1 nodes are available: \

@@ -166,7 +166,8 @@ impl Planner<'_> {
                 None => true,
             })
             .collect();
-        let worth_it = !wanted.is_empty() && !(policy == RestartPolicy::Never && any_ran);
+        let over = policy == RestartPolicy::Never && any_ran;
+        let worth_it = !wanted.is_empty() && !over;
         let leftovers = !self.runtime.sandboxes.is_empty();
         if !worth_it {
             if self.runtime.may_live() {

@@ -120,8 +120,8 @@ pub fn port(port: &IntOrString, container: &Container) -> Option<u16> {
     match port {
         IntOrString::Int(number) => u16::try_from(*number).ok().filter(|port| *port > 0),
         IntOrString::String(text) => {
-            let named = container.ports.iter().flatten();
-            let found = named.filter(|port| port.name.as_deref() == Some(text)).next();
+            let mut named = container.ports.iter().flatten();
+            let found = named.find(|port| port.name.as_deref() == Some(text));
             match found {
                 Some(port) => u16::try_from(port.container_port).ok(),
                 None => text.parse().ok(),
