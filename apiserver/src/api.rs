@@ -107,8 +107,8 @@ impl Api {
         }
         .await;
         let answer = answer.unwrap_or_else(|error: ApiError| {
-            // 501, 503 and 504 are answers; these two are ours to look at.
-            if matches!(error.code, 500 | 507) {
+            // 501, 503 and 504 are answers, and of a full disk the store speaks; this one is ours to look at.
+            if error.code == 500 && !self.stop.is_cancelled() {
                 tracing::warn!(code = error.code, message = error.message, "request failed");
             }
             refused(&error)

@@ -80,7 +80,7 @@ pub struct Config {
 #[non_exhaustive]
 pub enum StartError {
     /// The database.
-    #[error("object store was not opened")]
+    #[error("the API's store cannot be opened")]
     Store(#[from] OpenError),
     /// The certificates.
     #[error("certificates are not usable")]
@@ -91,6 +91,17 @@ pub enum StartError {
     /// The objects that every cluster has could not be made.
     #[error("first objects were not created: {detail}")]
     Bootstrap { detail: String },
+}
+
+impl StartError {
+    /// What to do about it, shown after the error as `hint: …`.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Store(error) => error.hint(),
+            Self::Listen { .. } => Some("choose another address"),
+            Self::Pki(_) | Self::Bootstrap { .. } => None,
+        }
+    }
 }
 
 /// A running server; dropping it stops it, [`ApiServer::shutdown`] also waits.

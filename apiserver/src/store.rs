@@ -45,6 +45,8 @@ const HISTORY_MAX: i64 = 200_000;
 const CHURN_KEPT: Duration = Duration::from_secs(2 * 60);
 const CHURNING: [(&str, &str); 3] =
     [("coordination.k8s.io", "leases"), ("", "events"), ("events.k8s.io", "events")];
+/// How often it is said again that writes are refused.
+const REFUSED_AGAIN: Duration = Duration::from_secs(60);
 /// Log rows read at once by a watcher that catches up.
 const REPLAY_PAGE: usize = 256;
 /// `PRAGMA user_version` of the layout below.
@@ -128,15 +130,15 @@ pub(crate) enum StoreError {
 pub enum OpenError {
     /// The file is not a sound database; it is left as it is.
     #[error(
-        "database `{}` is damaged: {detail}; it was left untouched: move it and its `-wal` file away to start empty (the reconciler and the nodes fill it again), or put a backup in its place", 
+        "database `{}` is damaged and was left as it is: {detail}",
         .path.display()
     )]
     Damaged { path: PathBuf, detail: String },
     /// The file has a layout that this version does not know.
-    #[error("database `{}` has layout {found}, this version reads layout {LAYOUT}: use the version that wrote it, or a newer one", .path.display())]
+    #[error("database `{}` has layout {found}, this version reads layout {LAYOUT}", .path.display())]
     Layout { path: PathBuf, found: i64 },
     /// Another process uses the folder.
-    #[error("folder `{}` is in use by another API server; stop that one first", .path.display())]
+    #[error("folder `{}` is in use by another API server", .path.display())]
     InUse { path: PathBuf },
     /// No space left while the database was opened.
     #[error("no space left for the database `{}`", .path.display())]
@@ -147,6 +149,23 @@ pub enum OpenError {
     /// The folder or its lock file cannot be used.
     #[error("`{}` could not be opened", .path.display())]
     Io { path: PathBuf, source: std::io::Error },
+}
+
+impl OpenError {
+    /// What to do about it, shown after the error as `hint: …`.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Damaged { .. } => Some(
+                "put a backup in its place; or move it and its `-wal` file away to start empty: the reconciler and the nodes fill it again",
+            ),
+            Self::Layout { .. } => Some("use the version that wrote it, or a newer one"),
+            Self::InUse { .. } => Some("stop that one first"),
+            Self::Full { .. } => Some("free some space on its disk and start again"),
+            Self::Sqlite { .. } | Self::Io { .. } => {
+                Some("check the disk, and that the folder belongs to this user")
+            }
+        }
+    }
 }
 
 /// A page of a list.
@@ -263,6 +282,7 @@ impl Store {
             hub: hub.clone(),
             floors: floors.clone(),
             current: current.clone(),
+            refused: None,
             marks: VecDeque::new(),
         };
         let thread = std::thread::Builder::new()
@@ -556,6 +576,8 @@ struct Writer {
     hub: Arc<Hub>,
     floors: Arc<RwLock<HashMap<(String, String), i64>>>,
     current: Arc<AtomicI64>,
+    /// When it was last said that writes are refused: a full disk refuses hundreds in a second.
+    refused: Option<Instant>,
     /// Newest revision at the time of each compaction, oldest first: tells the age of a revision without a column.
     marks: VecDeque<(Instant, i64)>,
 }
@@ -615,12 +637,18 @@ impl Writer {
         match outcomes {
             Err(error) => {
                 let error = failed(&self.path, &error);
-                tracing::error!(%error, writes = group.len(), "writes were refused");
+                if self.refused.is_none_or(|at| at.elapsed() > REFUSED_AGAIN) {
+                    self.refused = Some(Instant::now());
+                    tracing::error!(%error, "writes are refused");
+                }
                 for pending in group.drain(..) {
                     pending.reply.send(Err(error.clone())).ok();
                 }
             }
             Ok(outcomes) => {
+                if self.refused.take().is_some() {
+                    tracing::warn!("writes work again");
+                }
                 if revision != before {
                     self.current.store(revision, Ordering::Release);
                 }
@@ -1046,21 +1074,16 @@ fn lock(dir: &Path) -> Result<std::fs::File, OpenError> {
 
 fn open_writer(path: &Path, durability: Durability) -> Result<Connection, OpenError> {
     let fail = |source| open_error(path, source);
+    refuse_emptied(path)?;
+    refuse_foreign_log(path)?;
+    if !path.exists() {
+        create(path)?;
+    }
     let connection = Connection::open(path).map_err(fail)?;
     connection.busy_timeout(Duration::from_secs(5)).map_err(fail)?;
     let layout: i64 =
         connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(fail)?;
-    let tables: i64 = connection
-        .query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))
-        .map_err(fail)?;
     match layout {
-        0 if tables == 0 => {
-            let create = format!(
-                "PRAGMA auto_vacuum=INCREMENTAL; PRAGMA journal_mode=WAL; BEGIN IMMEDIATE; {TABLES}
-                 PRAGMA application_id={APPLICATION}; PRAGMA user_version={LAYOUT}; COMMIT;"
-            );
-            connection.execute_batch(&create).map_err(fail)?;
-        }
         LAYOUT => check(&connection, path)?,
         found => return Err(OpenError::Layout { path: path.into(), found }),
     }
@@ -1076,6 +1099,61 @@ fn open_writer(path: &Path, durability: Durability) -> Result<Connection, OpenEr
         .map_err(fail)?;
     connection.set_prepared_statement_cache_capacity(32);
     Ok(connection)
+}
+
+/// Makes the database beside its place and moves it there when it is complete: a file that is there was whole once.
+fn create(path: &Path) -> Result<(), OpenError> {
+    let half = path.with_extension("half");
+    let io = |source: std::io::Error| match source.kind() {
+        std::io::ErrorKind::StorageFull => OpenError::Full { path: path.into() },
+        _ => OpenError::Io { path: path.into(), source },
+    };
+    for leftover in ["half", "half-journal", "half-wal", "half-shm"] {
+        match std::fs::remove_file(path.with_extension(leftover)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
+            _ => {}
+        }
+    }
+    let script = format!(
+        "PRAGMA auto_vacuum=INCREMENTAL; BEGIN IMMEDIATE; {TABLES}
+         PRAGMA application_id={APPLICATION}; PRAGMA user_version={LAYOUT}; COMMIT;"
+    );
+    Connection::open(&half)
+        .and_then(|connection| {
+            connection.execute_batch(&script)?;
+            connection.close().map_err(|(_, error)| error)
+        })
+        .map_err(|source| open_error(path, source))?;
+    std::fs::rename(&half, path).map_err(io)
+}
+
+/// A file without a byte is a new database to SQLite; to us it is one that lost everything.
+fn refuse_emptied(path: &Path) -> Result<(), OpenError> {
+    let emptied = std::fs::metadata(path).is_ok_and(|facts| facts.len() == 0);
+    let detail = "the file is empty".to_owned();
+    if emptied { Err(OpenError::Damaged { path: path.into(), detail }) } else { Ok(()) }
+}
+
+/// SQLite ignores a log whose header it does not know, and with it every commit in there.
+///
+/// A header of zeros is what a power cut leaves before the first commit, so it holds nothing.
+///
+/// Source: SQLite's file format, "WAL File Format": magic number 0x377f0682 or 0x377f0683.
+fn refuse_foreign_log(path: &Path) -> Result<(), OpenError> {
+    use std::io::Read;
+    let wal = path.with_extension("db-wal");
+    let Ok(mut file) = std::fs::File::open(&wal) else { return Ok(()) };
+    let mut magic = [0; 4];
+    if file.read_exact(&mut magic).is_err() {
+        return Ok(()); // shorter than a header: nothing was committed to it
+    }
+    match u32::from_be_bytes(magic) {
+        0 | 0x377f_0682 | 0x377f_0683 => Ok(()),
+        _ => {
+            let detail = format!("`{}` is no write-ahead log", wal.display());
+            Err(OpenError::Damaged { path: path.into(), detail })
+        }
+    }
 }
 
 /// Reads every page once. A torn or foreign file is found here, not by the first unlucky request.
@@ -1099,6 +1177,13 @@ fn open_reader(path: &Path) -> Result<Connection, rusqlite::Error> {
     Ok(connection)
 }
 
+/// Whether the shared memory of the log could not grow, which SQLite reports as an input/output error of its own.
+fn is_full(error: &rusqlite::Error) -> bool {
+    error
+        .sqlite_error()
+        .is_some_and(|error| error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE)
+}
+
 fn open_error(path: &Path, source: rusqlite::Error) -> OpenError {
     let path = path.to_path_buf();
     match source.sqlite_error_code() {
@@ -1106,6 +1191,7 @@ fn open_error(path: &Path, source: rusqlite::Error) -> OpenError {
             OpenError::Damaged { path, detail: source.to_string() }
         }
         Some(ErrorCode::DiskFull) => OpenError::Full { path },
+        _ if is_full(&source) => OpenError::Full { path },
         _ => OpenError::Sqlite { path, source },
     }
 }
@@ -1114,6 +1200,7 @@ fn failed(path: &Path, error: &rusqlite::Error) -> StoreError {
     let path = path.to_path_buf();
     match error.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => StoreError::Full { path },
+        _ if is_full(error) => StoreError::Full { path },
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
             StoreError::Damaged { path, detail: error.to_string() }
         }

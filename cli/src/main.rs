@@ -9,8 +9,10 @@ use std::process::ExitCode;
 
 mod cluster;
 mod fault;
+mod out;
 mod render;
 mod seed;
+mod services;
 mod site;
 mod status;
 mod table;
@@ -35,6 +37,10 @@ struct Cli {
     verb: Verb,
 }
 
+/// What is logged unless `SKERRY_LOG` says otherwise. The client tells its failures to its caller as well, who prints
+/// them once.
+const LOG_FILTER: &str = "warn,kube_client=off";
+
 /// Form of the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Output {
@@ -57,14 +63,19 @@ enum Verb {
     /// Join tokens of edge nodes
     #[command(subcommand)]
     Token(token::Verb),
+    /// Run the reconciler alone, against the cluster of the kubeconfig
+    Reconciler(services::ReconcilerArgs),
+    /// Run CloudCore alone, against the cluster of the kubeconfig
+    #[command(name = "cloudcore")]
+    CloudCore(services::CloudCoreArgs),
     /// Print the version
     Version,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter =
-        tracing_subscriber::EnvFilter::try_from_env("SKERRY_LOG").unwrap_or_else(|_| "warn".into());
+    let filter = tracing_subscriber::EnvFilter::try_from_env("SKERRY_LOG")
+        .unwrap_or_else(|_| LOG_FILTER.into());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
@@ -81,6 +92,9 @@ fn main() -> ExitCode {
         Err(error) => Err(anyhow::Error::new(error).context("could not start the runtime")),
     };
     outcome.unwrap_or_else(|error| {
+        if out::reader_left(&error) {
+            return ExitCode::SUCCESS;
+        }
         fault::print(&error);
         ExitCode::from(2)
     })
@@ -94,6 +108,8 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Verb::Render(args) => render::render(args, output),
         Verb::Diff(args) => render::diff(args, kubeconfig, output).await,
         Verb::Token(verb) => token::run(verb, kubeconfig, output).await,
+        Verb::Reconciler(args) => services::reconciler(args, kubeconfig).await,
+        Verb::CloudCore(args) => services::cloudcore(args, kubeconfig).await,
         Verb::Version => version::run(output),
     }
 }

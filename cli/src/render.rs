@@ -1,7 +1,7 @@
 //! `skerry render` and `skerry diff`: what a fleet folder means, before it is pushed.
 
 use crate::fault::hinted;
-use crate::{Output, cluster, table};
+use crate::{Output, cluster, out, table};
 use anyhow::Result;
 use serde_json::{Value, json};
 use skerry_reconciler::{Action, Change, render_dir};
@@ -38,10 +38,8 @@ pub(crate) fn render(args: RenderArgs, output: Output) -> Result<ExitCode> {
     });
     let problems = rendered.all_problems();
     match output {
-        Output::Table => print!("{}", rendered.to_yaml()),
-        Output::Json => {
-            println!("{}", json!({"releases": releases(&rendered), "problems": problems}))
-        }
+        Output::Table => out::text(&rendered.to_yaml())?,
+        Output::Json => out::line(json!({"releases": releases(&rendered), "problems": problems}))?,
     }
     Ok(verdict(&problems))
 }
@@ -54,11 +52,13 @@ pub(crate) async fn diff(
 ) -> Result<ExitCode> {
     let rendered = read(&args.folder)?;
     let client = cluster::connect(kubeconfig).await?;
-    let changes = skerry_reconciler::diff(client, &rendered).await?;
+    let changes = skerry_reconciler::diff(client, &rendered)
+        .await
+        .map_err(|error| hinted(error.to_string(), error.hint()))?;
     let problems = rendered.all_problems();
     match output {
-        Output::Table => print_changes(&changes),
-        Output::Json => println!("{}", json!({"changes": changes, "problems": problems})),
+        Output::Table => print_changes(&changes, &problems)?,
+        Output::Json => out::line(json!({"changes": changes, "problems": problems}))?,
     }
     let verdict = verdict(&problems);
     Ok(if changes.is_empty() { verdict } else { ExitCode::FAILURE })
@@ -89,10 +89,14 @@ fn releases(rendered: &Rendered) -> Vec<Value> {
     complete.collect()
 }
 
-fn print_changes(changes: &[Change]) {
+fn print_changes(changes: &[Change], problems: &[Problem]) -> Result<()> {
     if changes.is_empty() {
-        eprintln!("nothing would change");
-        return;
+        if problems.is_empty() {
+            eprintln!("nothing would change");
+        } else {
+            eprintln!("nothing would change, and what follows would be held back");
+        }
+        return Ok(());
     }
     let row = |change: &Change| {
         let action = match change.action {
@@ -106,7 +110,7 @@ fn print_changes(changes: &[Change]) {
         vec![change.site.clone(), change.app.clone(), action.into(), object, fields]
     };
     let rows: Vec<Vec<String>> = changes.iter().map(row).collect();
-    table::print(&["SITE", "APP", "ACTION", "OBJECT", "FIELDS"], &rows);
+    table::print(&["SITE", "APP", "ACTION", "OBJECT", "FIELDS"], &rows)
 }
 
 /// Tells every problem on standard error.

@@ -1,10 +1,11 @@
 //! One edge node on this machine: a containerd of its own, the agent, and their end.
 
+use crate::fault::hinted;
 use crate::up::{write_secret, write_whole};
 use anyhow::{Context, Result};
 use serde_json::json;
 use sha2::{Digest, Sha256};
-use skerry_edge::containerd::{self, Containerd};
+use skerry_edge::containerd::{self, Containerd, ContainerdError};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -21,6 +22,9 @@ const LIFE_MIN: Duration = Duration::from_secs(10);
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// Longest time that stopping every pod may take; pods have their own grace periods.
 const RESET_LIMIT: Duration = Duration::from_secs(60);
+
+/// Tries to undo the mounts of a node; more than one when something else undoes them at the same time.
+const CLEAN_ATTEMPTS: u32 = 20;
 
 /// Image of pod sandboxes, one of those that the project packs.
 const SANDBOX_IMAGE: &str = "skerry.local/pause:1";
@@ -51,19 +55,24 @@ impl Node {
     /// Starts the node's containerd and loads the images.
     pub(crate) async fn start(dir: &Path, name: &str, images: Option<&Path>) -> Result<Self> {
         let dir = dir.join("nodes").join(name);
-        std::fs::create_dir_all(&dir)?;
-        end_stale_agent(&dir)?;
-        let (bridge, pods) = network(&dir);
-        let containerd = dir.join("containerd");
+        std::fs::create_dir_all(&dir)
+            .with_context(|| format!("could not make the folder `{}`", dir.display()))?;
         // What a killed run left would keep the new containerd from its socket and its bridge.
-        containerd::cleanup(&containerd, &bridge).await?;
+        clear(&dir).await?;
+        let (bridge, pods) = network(&dir);
         let options = containerd::Options::new(&pods, &bridge, SANDBOX_IMAGE);
-        let containerd = Containerd::start(&containerd, &options).await?;
+        let containerd = Containerd::start(&dir.join("containerd"), &options).await;
+        let containerd = containerd.map_err(|error| explain(error, name))?;
         let node = Self { name: name.into(), dir, containerd, bridge, agent: None };
         if let Some(images) = images {
             node.load_images(images).await?;
         }
         Ok(node)
+    }
+
+    /// The name under which it joins.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
 
     /// Whether the node has a certificate already, and so needs no token.
@@ -125,7 +134,11 @@ impl Node {
                     self.name,
                     String::from_utf8_lossy(&done.stderr).trim()
                 )),
-                Ok(Err(error)) => Err(error.into()),
+                Ok(Err(error)) => Err(anyhow::Error::new(error).context(format!(
+                    "the pods of node `{}` could not be stopped: `{}` did not start",
+                    self.name,
+                    agent.program.display()
+                ))),
                 Err(_) => Err(anyhow::anyhow!(
                     "the pods of node `{}` did not stop within {} s",
                     self.name,
@@ -134,8 +147,7 @@ impl Node {
             };
         }
         self.containerd.stop().await;
-        let cleaned = containerd::cleanup(&self.dir.join("containerd"), &self.bridge).await;
-        outcome.and(cleaned.map_err(Into::into))
+        outcome.and(clear(&self.dir).await)
     }
 
     /// The node's part of `up.json`.
@@ -146,6 +158,7 @@ impl Node {
             "pid_file": self.pid_file(),
             "log": self.log(),
             "containerd_socket": self.containerd.socket(),
+            "bridge": self.bridge,
         })
     }
 
@@ -262,23 +275,104 @@ async fn end(mut child: Child, pid_file: &Path) {
     let _ = std::fs::remove_file(pid_file);
 }
 
-/// Ends an agent that an earlier `skerry up` left when it was killed itself.
-fn end_stale_agent(dir: &Path) -> Result<()> {
-    let pid_file = dir.join("edgecore.pid");
-    let Some(pid) =
-        std::fs::read_to_string(&pid_file).ok().and_then(|text| text.trim().parse().ok())
-    else {
-        return Ok(());
-    };
-    // The id may belong to another program by now; the command line names the node's own configuration.
-    let command = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    if command.contains(&*dir.join("edgecore.yaml").to_string_lossy()) {
-        signal(pid, nix::sys::signal::Signal::SIGKILL);
+/// Ends what an earlier `skerry up`, or a start that broke off, left of the node below `dir`: agent, containerd, pods,
+/// mounts, bridge. The node's files stay.
+pub(crate) async fn clear(dir: &Path) -> Result<()> {
+    let leftovers = dir.to_owned();
+    tokio::task::spawn_blocking(move || end_leftovers(&leftovers)).await?;
+    let (bridge, _) = network(dir);
+    let mut attempt = 1;
+    loop {
+        match containerd::cleanup(&dir.join("containerd"), &bridge).await {
+            // A shim that was just killed may take its mounts along between our look and our hand.
+            Err(ContainerdError::Unmount { .. }) if attempt < CLEAN_ATTEMPTS => {
+                attempt += 1;
+                tokio::time::sleep(RESTART_PAUSE).await;
+            }
+            result => return Ok(result?),
+        }
     }
-    Ok(std::fs::remove_file(pid_file)?)
+}
+
+/// Kills the agent and the containerd that run with the configuration files below `dir`, and waits until they are
+/// gone. They are told by their command lines: a process id in a file may belong to another program by now, and is not
+/// there yet when a start was killed early.
+fn end_leftovers(dir: &Path) {
+    let configs = [dir.join("edgecore.yaml"), dir.join("containerd/containerd.toml")];
+    let deadline = Instant::now() + STOP_LIMIT;
+    loop {
+        let left = started_with(&configs);
+        if left.is_empty() || Instant::now() > deadline {
+            break;
+        }
+        for pid in left {
+            signal(pid, nix::sys::signal::Signal::SIGKILL);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // Absent when it could not be written.
+    let _ = std::fs::remove_file(dir.join("edgecore.pid"));
+}
+
+/// Processes with `--config` and one of `configs` in their command line.
+fn started_with(configs: &[PathBuf]) -> Vec<i32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let ours = |pid: &i32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+        words.windows(2).any(|pair| {
+            let is_ours = |config: &PathBuf| config.as_os_str().as_encoded_bytes() == pair[1];
+            pair[0] == b"--config" && configs.iter().any(is_ours)
+        })
+    };
+    pids.filter(ours).collect()
+}
+
+/// Adds what a person can do about a containerd that does not start.
+fn explain(error: ContainerdError, name: &str) -> anyhow::Error {
+    let hint = match &error {
+        ContainerdError::Run { .. } | ContainerdError::CniPlugins { .. } => {
+            "install containerd, runc and the CNI plugins (`cargo xtask setup` does), or run no node here with `--node none`"
+        }
+        ContainerdError::SocketPath { .. } => "choose a folder with a shorter path with --dir",
+        _ if !nix::unistd::Uid::effective().is_root() => {
+            "edge nodes need root: run this as root, or run no node here with `--node none`"
+        }
+        _ => "the whole log is containerd.log in the node's folder",
+    };
+    let error = anyhow::Error::new(error);
+    hinted(format!("the container runtime of node `{name}` did not start: {error:#}"), hint)
 }
 
 fn signal(pid: i32, signal: nix::sys::signal::Signal) {
     // Gone already is as good as signalled.
     let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_killed_run_left_is_ended_and_other_programs_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        // A shell that waits, with the words of an agent behind it.
+        let start = |config: PathBuf| {
+            let script = "read -r line; exit 0";
+            let mut command = std::process::Command::new("sh");
+            command.args(["-c", script, "edgecore", "run", "--config"]).arg(config);
+            command.stdin(std::process::Stdio::piped()).spawn().unwrap()
+        };
+        let mut left = start(dir.path().join("edgecore.yaml"));
+        let mut runtime = start(dir.path().join("containerd/containerd.toml"));
+        let mut other = start(dir.path().join("other/edgecore.yaml"));
+        // Ended children stay in /proc until somebody asks for them, without a command line.
+        end_leftovers(dir.path());
+        assert!(!left.wait().unwrap().success());
+        assert!(!runtime.wait().unwrap().success());
+        assert!(other.try_wait().unwrap().is_none(), "another node's agent keeps running");
+        drop(other.stdin.take());
+        other.wait().unwrap();
+    }
 }

@@ -1,7 +1,7 @@
 //! `skerry status`: the fleet at a glance.
 
 use crate::fault::hinted;
-use crate::{Output, cluster, table};
+use crate::{Output, cluster, out, table};
 use anyhow::Result;
 use skerry_reconciler::{FleetStatus, status};
 use std::path::PathBuf;
@@ -41,30 +41,31 @@ pub(crate) async fn run(
         }
     };
     match output {
-        Output::Table => print(&fleet),
-        Output::Json => println!("{}", serde_json::to_string(&fleet)?),
+        Output::Table => print(&fleet)?,
+        Output::Json => out::line(serde_json::to_string(&fleet)?)?,
     }
     Ok(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn print(fleet: &FleetStatus) {
+fn print(fleet: &FleetStatus) -> Result<()> {
     let revision = short(fleet.revision.as_deref());
-    println!("Fleet of {} at {}, {revision}: {}\n", fleet.remote, fleet.branch, fleet.message);
+    let FleetStatus { remote, branch, message, .. } = fleet;
+    out::line(format_args!("Fleet of {remote} at {branch}, {revision}: {message}\n"))?;
     for problem in &fleet.problems {
-        println!("problem: {problem}");
+        out::line(format_args!("problem: {problem}"))?;
         if let Some(hint) = &problem.hint {
-            println!("   hint: {hint}");
+            out::line(format_args!("   hint: {hint}"))?;
         }
     }
     if !fleet.problems.is_empty() {
-        println!();
+        out::line("")?;
     }
     let sites = fleet.sites.iter().map(|row| {
         let nodes = format!("{}/{}", row.nodes_ready, row.nodes_total);
         vec![row.site.clone(), row.health.clone(), nodes, row.age.clone(), row.message.clone()]
     });
-    table::print(&["SITE", "HEALTH", "NODES", "AGE", "MESSAGE"], &sites.collect::<Vec<_>>());
-    println!();
+    table::print(&["SITE", "HEALTH", "NODES", "AGE", "MESSAGE"], &sites.collect::<Vec<_>>())?;
+    out::line("")?;
     let releases = fleet.releases.iter().map(|row| {
         vec![
             row.site.clone(),
@@ -77,7 +78,7 @@ fn print(fleet: &FleetStatus) {
         ]
     });
     let header = ["SITE", "APP", "REVISION", "PODS", "HEALTH", "AGE", "MESSAGE"];
-    table::print(&header, &releases.collect::<Vec<_>>());
+    table::print(&header, &releases.collect::<Vec<_>>())
 }
 
 fn short(revision: Option<&str>) -> &str {

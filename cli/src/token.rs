@@ -1,6 +1,6 @@
 //! `skerry token create`: how a new node gets in.
 
-use crate::{Output, cluster, fault::hinted};
+use crate::{Output, cluster, fault::hinted, out};
 use anyhow::Result;
 use clap::Subcommand;
 use serde_json::json;
@@ -33,11 +33,11 @@ pub(crate) async fn run(
         hinted(format!("no token for node `{node}`: {}", chain(&error)), hint)
     })?;
     match output {
-        Output::Table => println!("{token}"),
-        Output::Json => println!(
-            "{}",
-            json!({"node": node, "token": token.to_string(), "ttlSeconds": ttl.as_secs()})
-        ),
+        Output::Table => out::line(token)?,
+        Output::Json => {
+            let token = token.to_string();
+            out::line(json!({"node": node, "token": token, "ttlSeconds": ttl.as_secs()}))?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

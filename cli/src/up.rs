@@ -4,8 +4,8 @@
 //! own below one folder. Everything that is started here is stopped here, also when a later step fails.
 
 use crate::fault::hinted;
-use crate::site::{Endpoints, Node};
-use crate::{Output, seed};
+use crate::site::{self, Endpoints, Node};
+use crate::{Output, out, seed};
 use anyhow::{Context, Result};
 use serde_json::json;
 use skerry_apiserver::{ApiServer, Durability, NodeStream, NodeStreamError, NodeStreams};
@@ -20,6 +20,10 @@ use tokio_util::sync::CancellationToken;
 
 /// How often the reconciler looks at the local remote's branch, which costs one small read.
 const POLL: Duration = Duration::from_millis(250);
+/// Longest wait for a folder that another process holds.
+const LOCK_WAIT: Duration = Duration::from_secs(1);
+/// A step that takes longer says what it waits for.
+const SILENCE_MAX: Duration = Duration::from_secs(2);
 /// Longest wait for the services to stop, before the process ends all the same.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
@@ -65,26 +69,31 @@ pub(crate) async fn run(args: Args, output: Output) -> Result<ExitCode> {
     std::fs::create_dir_all(&args.dir)
         .with_context(|| format!("could not make the folder `{}`", args.dir.display()))?;
     let dir = args.dir.canonicalize()?;
-    let _lock = lock(&dir)?;
+    let _lock = lock(&dir).await?;
     let facts = dir.join("up.json");
     remove_if_there(&facts)?;
+    let edgecore = check_nodes(&args)?;
 
     let mut stack = tokio::select! {
-        stack = Stack::start(&args, &dir) => stack?,
+        stack = patient("API, CloudCore and reconciler", Stack::start(&args, &dir)) => stack?,
         _ = interrupt.recv() => return Ok(ExitCode::SUCCESS),
         _ = terminate.recv() => return Ok(ExitCode::SUCCESS),
     };
     let outcome = async {
         tokio::select! {
-            started = stack.start_nodes(&args, &dir) => started?,
+            started = stack.start_nodes(&args, &dir, edgecore.as_deref()) => started?,
             _ = interrupt.recv() => return Ok(()),
             _ = terminate.recv() => return Ok(()),
         }
         let description = stack.describe(&dir);
         write_whole(&facts, &serde_json::to_vec_pretty(&description)?)?;
-        match output {
-            Output::Json => println!("{description}"),
-            Output::Table => guide(&description, start.elapsed()),
+        let told = match output {
+            Output::Json => out::line(&description),
+            Output::Table => out::text(&guide(&description, start.elapsed())),
+        };
+        if let Err(error) = told {
+            // Whoever started this does not read; the fleet runs all the same.
+            tracing::debug!(error = format!("{error:#}"), "standard output is closed");
         }
         tokio::select! {
             _ = interrupt.recv() => Ok(()),
@@ -107,6 +116,8 @@ struct Stack {
     reconciler: tokio::task::JoinHandle<Result<()>>,
     stop: CancellationToken,
     nodes: Vec<Node>,
+    /// Folders of nodes whose start has begun: one that broke off leaves processes, and is in no other list.
+    begun: Vec<PathBuf>,
     kubeconfig: PathBuf,
     remote: PathBuf,
 }
@@ -114,8 +125,12 @@ struct Stack {
 impl Stack {
     async fn start(args: &Args, dir: &Path) -> Result<Self> {
         let remote = dir.join("fleet.git");
-        let template = args.template.as_deref().map(Path::canonicalize).transpose();
-        let template = template.context("could not find the template folder")?;
+        let template = args.template.as_deref().map(|folder| {
+            folder.canonicalize().with_context(|| {
+                format!("could not find the template folder `{}`", folder.display())
+            })
+        });
+        let template = template.transpose()?;
         seed::remote(&remote, template.as_deref()).await?;
 
         let streams = Arc::new(TunnelStreams::default());
@@ -127,7 +142,11 @@ impl Stack {
             durability: Durability::Full,
             controllers: true,
         })
-        .await?;
+        .await
+        .map_err(|error| match error.hint() {
+            Some(hint) => hinted(format!("{:#}", anyhow::Error::new(error)), hint),
+            None => error.into(),
+        })?;
         let kubeconfig = dir.join("kubeconfig");
         let admin = api.kubeconfig("admin", &["system:masters"])?;
         write_secret(&kubeconfig, admin.as_bytes())?;
@@ -158,19 +177,25 @@ impl Stack {
             let stop = stop.clone();
             async move { Ok(skerry_reconciler::run(client, config, stop).await?) }
         });
-        Ok(Self { api, cloud, reconciler, stop, nodes: Vec::new(), kubeconfig, remote })
+        Ok(Self {
+            api,
+            cloud,
+            reconciler,
+            stop,
+            nodes: Vec::new(),
+            begun: Vec::new(),
+            kubeconfig,
+            remote,
+        })
     }
 
-    async fn start_nodes(&mut self, args: &Args, dir: &Path) -> Result<()> {
-        let names: Vec<&String> = args.nodes.iter().filter(|name| *name != "none").collect();
-        if names.is_empty() {
-            return Ok(());
-        }
-        let edgecore = match &args.edgecore {
-            Some(program) => program.canonicalize(),
-            None => std::env::current_exe().map(|program| program.with_file_name("edgecore")),
-        }
-        .context("could not find the agent's program")?;
+    async fn start_nodes(
+        &mut self,
+        args: &Args,
+        dir: &Path,
+        edgecore: Option<&Path>,
+    ) -> Result<()> {
+        let Some(edgecore) = edgecore else { return Ok(()) };
         let endpoints = match args.node_endpoints.as_deref() {
             Some(&[hub, enrol, tunnel]) => Endpoints { hub, enrol, tunnel },
             Some(_) => {
@@ -185,8 +210,11 @@ impl Stack {
         };
         // With a relay between, enrolment may need the hub's addresses before everything is up.
         write_whole(&dir.join("up.json"), &serde_json::to_vec_pretty(&self.addresses())?)?;
-        for name in names {
-            let mut node = Node::start(dir, name, args.images.as_deref()).await?;
+        for name in node_names(args) {
+            self.begun.push(dir.join("nodes").join(name));
+            let start = Node::start(dir, name, args.images.as_deref());
+            let mut node =
+                patient(&format!("containerd and images of node `{name}`"), start).await?;
             let token = if node.is_enrolled() {
                 None
             } else {
@@ -194,7 +222,7 @@ impl Stack {
                 let ttl = Duration::from_secs(3600);
                 Some(skerry_cloudcore::create_token(&client, name, ttl).await?.to_string())
             };
-            let run = node.run_agent(&edgecore, &endpoints, token);
+            let run = node.run_agent(edgecore, &endpoints, token);
             self.nodes.push(node);
             run?;
         }
@@ -237,7 +265,11 @@ impl Stack {
     async fn stop(self) -> Result<()> {
         let mut outcome = Ok(());
         for node in self.nodes {
-            outcome = outcome.and(node.stop().await);
+            let what = format!("the pods of node `{}` to stop", node.name());
+            outcome = outcome.and(patient(&what, node.stop()).await);
+        }
+        for dir in self.begun {
+            outcome = outcome.and(site::clear(&dir).await);
         }
         self.stop.cancel();
         let services = async {
@@ -282,21 +314,59 @@ impl NodeStreams for TunnelStreams {
     }
 }
 
-fn guide(facts: &serde_json::Value, took: Duration) {
+fn guide(facts: &serde_json::Value, took: Duration) -> String {
     let text = |pointer: &str| facts.pointer(pointer).and_then(|v| v.as_str()).unwrap_or("-");
     let skerry = std::env::current_exe()
         .map_or_else(|_| "skerry".into(), |program| program.to_string_lossy().into_owned());
     let kubeconfig = text("/kubeconfig");
-    println!("Skerry is up after {:.1} s.\n", took.as_secs_f64());
-    println!("  clone    git clone {} my-fleet", text("/remote"));
-    println!("  push     change a file, git commit -a, git push");
-    println!("  look     {skerry} --kubeconfig {kubeconfig} status");
-    println!("           kubectl --kubeconfig {kubeconfig} get pods -A");
+    let mut lines = vec![format!("Skerry is up after {:.1} s.\n", took.as_secs_f64())];
+    lines.push(format!("  clone    git clone {} my-fleet", text("/remote")));
+    lines.push("  push     change a file, git commit -a, git push".to_owned());
+    lines.push(format!("  look     {skerry} --kubeconfig {kubeconfig} status"));
+    lines.push(format!("           kubectl --kubeconfig {kubeconfig} get pods -A"));
     for node in facts["nodes"].as_array().into_iter().flatten() {
         let text = |key: &str| node[key].as_str().unwrap_or("-");
-        println!("  node     {}, its log is {}", text("name"), text("log"));
+        lines.push(format!("  node     {}, its log is {}", text("name"), text("log")));
     }
-    println!("  stop     Ctrl-C\n");
+    lines.push("  stop     Ctrl-C\n\n".to_owned());
+    lines.join("\n")
+}
+
+fn node_names(args: &Args) -> impl Iterator<Item = &String> {
+    args.nodes.iter().filter(|name| *name != "none")
+}
+
+/// Finds the mistakes in what the nodes need before anything runs; returns the agent's program, if there are nodes.
+fn check_nodes(args: &Args) -> Result<Option<PathBuf>> {
+    use std::os::unix::fs::PermissionsExt;
+    if node_names(args).next().is_none() {
+        return Ok(None);
+    }
+    // A name becomes a folder here; what else is wrong with it is told when the node's token is made.
+    if let Some(name) = node_names(args)
+        .find(|name| name.is_empty() || name.contains(['/', '\0']) || name.starts_with('.'))
+    {
+        let hint = "use lower-case letters, digits, `-` and `.`";
+        return Err(hinted(format!("`{name}` cannot be the name of a node"), hint));
+    }
+    let program = match &args.edgecore {
+        Some(program) => program.clone(),
+        None => std::env::current_exe()?.with_file_name("edgecore"),
+    };
+    let hint =
+        "name the `edgecore` program with --edgecore, or run no node here with `--node none`";
+    let found = program.canonicalize().ok().filter(|file| {
+        file.metadata()
+            .is_ok_and(|facts| facts.is_file() && facts.permissions().mode() & 0o111 != 0)
+    });
+    let Some(program) = found else {
+        return Err(hinted(format!("`{}` is no program", program.display()), hint));
+    };
+    if let Some(images) = &args.images {
+        std::fs::read_dir(images)
+            .with_context(|| format!("could not read the image folder `{}`", images.display()))?;
+    }
+    Ok(Some(program))
 }
 
 /// The address itself, or a free port of the same host when somebody listens there already.
@@ -308,16 +378,32 @@ fn free(wanted: SocketAddr) -> SocketAddr {
     SocketAddr::new(wanted.ip(), 0)
 }
 
-/// One `skerry up` per folder.
-fn lock(dir: &Path) -> Result<std::fs::File> {
-    let file = std::fs::File::create(dir.join("lock"))?;
-    file.try_lock().map_err(|_| {
-        hinted(
-            format!("another `skerry up` runs in `{}`", dir.display()),
-            "stop it, or give this one a folder of its own with --dir",
-        )
-    })?;
+/// One `skerry up` per folder. One that was just killed holds its folder for as long as the system takes to end it.
+async fn lock(dir: &Path) -> Result<std::fs::File> {
+    let path = dir.join("lock");
+    let file = std::fs::File::create(&path)
+        .with_context(|| format!("could not write `{}`", path.display()))?;
+    let start = Instant::now();
+    while file.try_lock().is_err() {
+        if start.elapsed() > LOCK_WAIT {
+            return Err(hinted(
+                format!("another `skerry up` runs in `{}`", dir.display()),
+                "stop it, or give this one a folder of its own with --dir",
+            ));
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     Ok(file)
+}
+
+/// Awaits `step`, and says so when that takes long.
+async fn patient<T>(what: &str, step: impl Future<Output = T>) -> T {
+    let mut step = std::pin::pin!(step);
+    tokio::select! {
+        done = &mut step => return done,
+        () = tokio::time::sleep(SILENCE_MAX) => eprintln!("skerry: waiting for {what}"),
+    }
+    step.await
 }
 
 fn remove_if_there(file: &Path) -> Result<()> {

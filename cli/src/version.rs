@@ -1,6 +1,6 @@
 //! `skerry version`.
 
-use crate::Output;
+use crate::{Output, out};
 use serde_json::json;
 use std::process::ExitCode;
 
@@ -8,8 +8,8 @@ use std::process::ExitCode;
 pub(crate) fn run(output: Output) -> anyhow::Result<ExitCode> {
     let version = env!("CARGO_PKG_VERSION");
     match output {
-        Output::Table => println!("skerry {version}"),
-        Output::Json => println!("{}", json!({"version": version})),
+        Output::Table => out::line(format_args!("skerry {version}"))?,
+        Output::Json => out::line(json!({"version": version}))?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -144,6 +144,8 @@ impl Acceptor {
             delivery: Delivery::default(),
             requests,
             keepalive_until: Instant::now() + KEEPALIVE_TIMEOUT,
+            too_fast: false,
+            garbled: false,
         };
         let end = session.run(received, read, worker_answers, &self.stop).await;
         self.hub.input(Input::Disconnected { node: node.clone(), session: id }).await;
@@ -308,6 +310,9 @@ struct Session {
     delivery: Delivery,
     requests: mpsc::Sender<Message>,
     keepalive_until: Instant,
+    /// Whether the log says already that this node asks for too much, or sends what is no message.
+    too_fast: bool,
+    garbled: bool,
 }
 
 impl Session {
@@ -334,7 +339,9 @@ impl Session {
                 found = incoming.recv() => match found {
                     Some(Incoming::Message(message)) => self.receive(*message).await,
                     Some(Incoming::Unreadable(error)) => {
-                        tracing::warn!(node = self.node, %error, "a message of the node was not readable");
+                        if !std::mem::replace(&mut self.garbled, true) {
+                            tracing::warn!(node = self.node, %error, "a message of the node was not readable");
+                        }
                         Ok(())
                     }
                     Some(Incoming::End(end)) => Err(end),
@@ -393,11 +400,14 @@ impl Session {
             _ => {
                 if let Err(error) = self.requests.try_send(message) {
                     let message = error.into_inner();
-                    tracing::warn!(
-                        node = self.node,
-                        resource = message.route.resource,
-                        "the node asks faster than the API answers"
-                    );
+                    if !std::mem::replace(&mut self.too_fast, true) {
+                        // Once, not for each message: a node must not fill the hub's log.
+                        tracing::warn!(
+                            node = self.node,
+                            resource = message.route.resource,
+                            "the node asks faster than the API answers; what is too much is refused"
+                        );
+                    }
                     return self
                         .queue(error_answer(&message, "too many requests wait for an answer"));
                 }

@@ -10,7 +10,7 @@
 use crate::config::Config;
 use crate::enrol::EnrolError;
 use crate::link::{self, LinkEvent, chain};
-use crate::meta_store::{OpenError, Store, Trust};
+use crate::meta_store::{self, OpenError, Store, Trust, WriteError};
 use crate::node;
 use crate::objects::{Found, LookupRequest, StoredObjects};
 use crate::pods::{
@@ -18,7 +18,6 @@ use crate::pods::{
 };
 use crate::tunnel;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::Pod;
 use serde_json::Value;
 use skerry_edge_core::Now;
 use skerry_edge_core::event::EventReport;
@@ -27,7 +26,7 @@ use skerry_edge_core::node::COMPUTE_INTERVAL;
 use skerry_edge_core::status::PodKey;
 use skerry_edge_core::uplink::{Output, Ticket, Uplink};
 use skerry_protocol::Message;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -48,6 +47,12 @@ pub enum AgentError {
     /// The database cannot be used.
     #[error("no database")]
     Store(#[from] OpenError),
+    /// The database broke while it was in use; the next start keeps it aside and makes a new one.
+    #[error("the database broke while it was in use")]
+    Broken(#[source] WriteError),
+    /// A pod's row is known and cannot be read.
+    #[error("`{0}` cannot be read from the database any more")]
+    Unreadable(String),
     /// The pod engine did not start.
     #[error("the pod engine did not start")]
     Engine(#[from] StartError),
@@ -68,6 +73,9 @@ impl AgentError {
         match self {
             Self::Store(error) => error.hint(),
             Self::Enrol(error) => error.hint(),
+            Self::Broken(_) | Self::Unreadable(_) => Some(
+                "containers keep running; start edgecore again, and check the disk if this comes back".into(),
+            ),
             _ => None,
         }
     }
@@ -89,6 +97,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
              hint: if this comes back, check the disk"
         );
     }
+    let deleted = opened.tombstones.iter().map(|tombstone| tombstone.uid.clone()).collect();
     let (meta, restored) = Meta::restore(&config.node_name, opened.rows, opened.tombstones);
 
     let (lookups, lookup_requests) = mpsc::channel(LOOKUPS_MAX);
@@ -107,11 +116,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
         engine: engine.clone(),
         meta,
         trust: opened.trust,
+        told_all: false,
         outgoing: None,
         waiting: HashMap::new(),
         images: Vec::new(),
     };
-    agent.start_pods(restored).await;
+    agent.start_pods(restored, deleted).await;
     let rebuilding = opened.trust == Trust::Rebuilding;
     agent.node_event("Starting", false, "Starting edgecore.");
     if rebuilding {
@@ -137,11 +147,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
     result
 }
 
-/// Stops and removes every pod of this node, and its certificate.
+/// Stops and removes every pod of this node, its certificate and its database, so that it may join another cluster.
 ///
 /// # Errors
 ///
-/// [`AgentError::Reset`] when something is left.
+/// [`AgentError`] when something is left.
 pub async fn reset(config: Config) -> Result<(), AgentError> {
     let (store, _) = Store::open(&config.database())?;
     let store = Arc::new(store);
@@ -154,6 +164,8 @@ pub async fn reset(config: Config) -> Result<(), AgentError> {
     drop(engine);
     drain.abort();
     crate::enrol::forget(&config.pki())?;
+    // Last: a reset that fails before this can be run again and still knows everything.
+    meta_store::remove(&config.database())?;
     Ok(())
 }
 
@@ -187,6 +199,8 @@ struct Agent {
     meta: Meta,
     uplink: Uplink,
     trust: Trust,
+    /// Whether the hub has told this process everything that it wants of the node.
+    told_all: bool,
     outgoing: Option<mpsc::Sender<Message>>,
     waiting: HashMap<Ticket, oneshot::Sender<Found>>,
     images: Vec<Value>,
@@ -219,7 +233,7 @@ impl Agent {
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut looks: u32 = 0;
         loop {
-            let blocked = self.drain().await;
+            let blocked = self.drain().await?;
             let next = tokio::time::Instant::from_std(self.uplink.poll_timeout(now()));
             let room = async {
                 match (&self.outgoing, blocked) {
@@ -274,7 +288,7 @@ impl Agent {
                 self.uplink.handle_connected(now(), digest);
                 self.engine.link_up().await;
             }
-            Action::Link(LinkEvent::Message(message)) => self.handle_message(&message).await,
+            Action::Link(LinkEvent::Message(message)) => self.handle_message(&message).await?,
             Action::Link(LinkEvent::Garbled(error)) => {
                 tracing::warn!(error = chain(&error), "the hub sent something that is no message");
             }
@@ -340,21 +354,21 @@ impl Agent {
     }
 
     /// Carries out what the uplink asks for. Returns whether messages wait for room in the link's queue.
-    async fn drain(&mut self) -> bool {
+    async fn drain(&mut self) -> Result<bool, AgentError> {
         while let Some(output) = self.uplink.poll_output(now()) {
-            self.handle_output(output).await;
+            self.handle_output(output).await?;
         }
-        let Some(outgoing) = self.outgoing.clone() else { return false };
+        let Some(outgoing) = self.outgoing.clone() else { return Ok(false) };
         loop {
-            let Ok(permit) = outgoing.try_reserve() else { return !outgoing.is_closed() };
+            let Ok(permit) = outgoing.try_reserve() else { return Ok(!outgoing.is_closed()) };
             match self.uplink.poll_transmit(now()) {
                 Some(message) => permit.send(message),
-                None => return false,
+                None => return Ok(false),
             }
         }
     }
 
-    async fn handle_message(&mut self, message: &Message) {
+    async fn handle_message(&mut self, message: &Message) -> Result<(), AgentError> {
         let route = &message.route;
         tracing::debug!(
             msg_id = message.header.msg_id,
@@ -366,23 +380,31 @@ impl Agent {
             if !self.uplink.handle_reply(now(), message) {
                 tracing::debug!(resource = route.resource, "a reply that nobody waits for");
             }
-            return;
+            return Ok(());
         }
         match route.group.as_str() {
             "resource" | "func" => {
+                self.uplink.handle_push(now());
                 let step = self.meta.handle_push(now(), message);
-                self.carry_out(step).await;
+                self.carry_out(step).await?;
             }
             group => tracing::debug!(group, resource = route.resource, "not for this agent"),
         }
+        Ok(())
     }
 
     /// Makes a step durable, then acknowledges it, then lets it take effect. Returns whether it is durable.
-    async fn carry_out(&mut self, step: Step) -> bool {
-        if let Some(write) = step.write.clone()
-            && self.store.write(write).await.is_err()
-        {
-            return false; // logged by the store; the hub sends it again
+    ///
+    /// # Errors
+    ///
+    /// [`AgentError::Broken`]: only the next start can mend that.
+    async fn carry_out(&mut self, step: Step) -> Result<bool, AgentError> {
+        if let Some(write) = step.write.clone() {
+            match self.store.write(write).await {
+                Ok(()) => {}
+                Err(error @ WriteError::Broken(_)) => return Err(AgentError::Broken(error)),
+                Err(_) => return Ok(false), // logged by the store; the hub sends it again
+            }
         }
         let (ack, effects) = self.meta.commit(step);
         if let Some(ack) = ack {
@@ -392,7 +414,7 @@ impl Agent {
         for effect in effects {
             self.take_effect(effect).await;
         }
-        true
+        Ok(true)
     }
 
     /// Acknowledgements need not wait until the engine has taken an effect.
@@ -427,7 +449,7 @@ impl Agent {
         }
     }
 
-    async fn handle_output(&mut self, output: Output) {
+    async fn handle_output(&mut self, output: Output) -> Result<(), AgentError> {
         match output {
             Output::Answer { ticket, path, found, ack } => {
                 let mut found = found;
@@ -435,7 +457,7 @@ impl Agent {
                     && matches!(path.kind(), "configmap" | "secret")
                 {
                     let step = self.meta.handle_answer(&path, object.clone());
-                    if !self.carry_out(step).await {
+                    if !self.carry_out(step).await? {
                         found = Err("the object could not be stored on this node".into());
                     }
                 }
@@ -448,9 +470,9 @@ impl Agent {
             }
             Output::Object { path, object } => {
                 let step = self.meta.handle_answer(&path, object);
-                self.carry_out(step).await;
+                self.carry_out(step).await?;
             }
-            Output::DigestAnswered => self.handle_digest_answered().await,
+            Output::DigestAnswered => self.handle_digest_answered().await?,
             Output::PodFinished(key) => {
                 tracing::info!(pod = %pod_path(&key), uid = key.uid, "finished pod was deleted in the cluster");
             }
@@ -466,13 +488,29 @@ impl Agent {
                 self.uplink.handle_disconnected();
             }
         }
+        Ok(())
     }
 
     /// The hub has told everything: from now on, what is not in the database is not wanted.
-    async fn handle_digest_answered(&mut self) {
+    async fn handle_digest_answered(&mut self) -> Result<(), AgentError> {
         self.meta.digest_answered();
-        if self.trust == Trust::Complete || self.store.set_trust(Trust::Complete).await.is_err() {
-            return;
+        if !self.told_all {
+            let mut pods = Vec::with_capacity(self.meta.paths("pod").count());
+            for path in self.meta.paths("pod") {
+                // To go on without this pod would be to kill it.
+                let read = self.store.read(path).and_then(|json| serde_json::from_str(&json).ok());
+                pods.push(Arc::new(read.ok_or_else(|| AgentError::Unreadable(path.to_owned()))?));
+            }
+            self.engine.set_pods(pods).await;
+            self.told_all = true;
+        }
+        if self.trust == Trust::Complete {
+            return Ok(());
+        }
+        match self.store.set_trust(Trust::Complete).await {
+            Ok(()) => {}
+            Err(error @ WriteError::Broken(_)) => return Err(AgentError::Broken(error)),
+            Err(_) => return Ok(()), // logged by the store; the next connection tries again
         }
         if self.trust == Trust::Rebuilding {
             tracing::info!(objects = self.meta.len(), "the database is rebuilt from the hub");
@@ -483,13 +521,11 @@ impl Agent {
             );
         }
         self.trust = Trust::Complete;
-        let read = |path: &str| serde_json::from_str::<Pod>(&self.store.read(path)?).ok();
-        let pods: Vec<_> = self.meta.paths("pod").filter_map(read).map(Arc::new).collect();
-        self.engine.set_pods(pods).await;
+        Ok(())
     }
 
     /// Starts what the database holds, before any link.
-    async fn start_pods(&mut self, restored: Vec<Effect>) {
+    async fn start_pods(&mut self, restored: Vec<Effect>, deleted: HashSet<String>) {
         let mut pods = Vec::new();
         for effect in restored {
             match effect {
@@ -498,17 +534,14 @@ impl Agent {
             }
         }
         tracing::info!(node = self.config.node_name, pods = pods.len(), trust = ?self.trust, "starting from the database");
-        if self.trust == Trust::Complete {
-            self.engine.set_pods(pods).await;
-        } else {
-            // Not known to be all: what else runs here is left alone.
-            for pod in pods {
-                self.engine.upsert(pod).await;
-            }
-        }
+        // A file can also be sound and old, or have lost its end: what else runs here is left to the hub's word.
+        self.engine.resume(pods, deleted).await;
     }
 
     fn look(&mut self, runtime: &RuntimeInfo) {
+        if *runtime == RuntimeInfo::default() {
+            return; // not asked yet; a restart of the agent alone must not make the node look broken
+        }
         let facts = node::facts(&self.config, runtime, self.images.clone());
         let health = node::health(&self.config, runtime, self.trust == Trust::Rebuilding);
         let message = health.not_ready.join(", ");

@@ -32,6 +32,8 @@ use v1::runtime_service_client::RuntimeServiceClient;
 
 /// Deadline of a call that says nothing else.
 const CALL_TIMEOUT: Duration = Duration::from_secs(120);
+/// Deadline of the question how the runtime is; one that hangs should be noticed before the node's lease is old.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
 /// Deadline of a sandbox's start, which runs CNI plugins.
 const SANDBOX_TIMEOUT: Duration = Duration::from_secs(240);
 /// Added to a stop's grace period and to a command's own timeout.
@@ -117,7 +119,7 @@ impl Runtime {
     pub async fn status(&self) -> Result<Vec<v1::RuntimeCondition>, CriError> {
         let mut client = self.runtime.clone();
         let request = v1::StatusRequest { verbose: false };
-        let answer = call("Status", CALL_TIMEOUT, client.status(request)).await?;
+        let answer = call("Status", STATUS_TIMEOUT, client.status(request)).await?;
         Ok(answer.status.map(|status| status.conditions).unwrap_or_default())
     }
 

@@ -135,6 +135,8 @@ impl EnrolError {
     /// What a person can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
+            // The hub's own is better: it knows what is wrong with the token.
+            Self::Refused { text, .. } if text.contains("hint: ") => None,
             Self::NoToken { node } | Self::Refused { node, .. } => Some(format!(
                 "run `skerry token create {node}` and put the token into `token` or `tokenFile` of the configuration"
             )),

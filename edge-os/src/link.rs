@@ -194,10 +194,8 @@ impl Link {
                     );
                     write(&mut socket, Frame::text(message.encode())).await?;
                 }
+                () = tokio::time::sleep_until(heard + SILENCE_MAX) => return Err(LinkError::Silent),
                 _ = ping.tick() => {
-                    if heard.elapsed() >= SILENCE_MAX {
-                        return Err(LinkError::Silent);
-                    }
                     write(&mut socket, Frame::Ping(Default::default())).await?;
                 }
             }

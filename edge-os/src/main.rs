@@ -7,9 +7,17 @@ use skerry_edge::config::{Config, ConfigError};
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
+
+/// Threads for file work. Each keeps memory of its own, and a small disk is no faster for more of them.
+const BLOCKING_THREADS_MAX: usize = 8;
+/// Such a thread goes soon: most of an agent's day is quiet.
+const BLOCKING_THREAD_IDLE: Duration = Duration::from_secs(2);
+/// File work has short stacks.
+const BLOCKING_STACK_LEN: usize = 512 * 1024;
 
 #[derive(Parser)]
 #[command(
@@ -30,7 +38,7 @@ enum Verb {
         #[arg(long)]
         config: PathBuf,
     },
-    /// Stop and remove all pods of this node and forget its certificate.
+    /// Stop and remove all pods of this node; forget its certificate and what it was told to run.
     Reset {
         /// Configuration file (YAML).
         #[arg(long)]
@@ -63,7 +71,14 @@ fn main() -> ExitCode {
 
 fn run(verb: Verb) -> anyhow::Result<()> {
     // One thread: an edge node has a small core to spare, and memory matters more than parallel work.
-    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = || {
+        tokio::runtime::Builder::new_current_thread()
+            .max_blocking_threads(BLOCKING_THREADS_MAX)
+            .thread_keep_alive(BLOCKING_THREAD_IDLE)
+            .thread_stack_size(BLOCKING_STACK_LEN)
+            .enable_all()
+            .build()
+    };
     match verb {
         Verb::Version => {
             println!("edgecore {}", env!("CARGO_PKG_VERSION"));

@@ -131,6 +131,9 @@ pub enum WriteError {
     /// No room.
     #[error("the disk of the database is full")]
     Full,
+    /// The file is no sound database any more.
+    #[error("the database is broken")]
+    Broken(#[source] rusqlite::Error),
     /// Anything else.
     #[error("could not write to the database")]
     Database(#[source] rusqlite::Error),
@@ -307,6 +310,23 @@ impl Drop for Store {
     }
 }
 
+/// Removes the database at `path` and every broken one that was kept beside it: secrets are in them.
+///
+/// # Errors
+///
+/// [`OpenError::File`] when one of them stays.
+pub fn remove(path: &Path) -> Result<(), OpenError> {
+    let in_file = |source| OpenError::File { path: path.to_owned(), source };
+    let prefix = path.file_name().unwrap_or_default().as_encoded_bytes();
+    for entry in fs::read_dir(path.parent().unwrap_or(Path::new("."))).map_err(in_file)? {
+        let entry = entry.map_err(in_file)?;
+        if entry.file_name().as_encoded_bytes().starts_with(prefix) {
+            fs::remove_file(entry.path()).map_err(in_file)?;
+        }
+    }
+    Ok(())
+}
+
 fn run(mut connection: Connection, inbox: &mpsc::Receiver<Job>) {
     let mut failing = false;
     while let Ok(first) = inbox.recv() {
@@ -328,11 +348,17 @@ fn run(mut connection: Connection, inbox: &mpsc::Receiver<Job>) {
                 Err(error) if error.sqlite_error_code() == Some(ErrorCode::DiskFull) => {
                     Err(WriteError::Full)
                 }
+                Err(error) if is_broken(error) => Err(WriteError::Broken(copy_of(error))),
                 Err(error) => Err(WriteError::Database(copy_of(error))),
             };
             let _ = done.send(answer); // the agent may have stopped waiting
         }
     }
+}
+
+fn is_broken(error: &rusqlite::Error) -> bool {
+    let code = error.sqlite_error_code();
+    matches!(code, Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase))
 }
 
 /// The error again, for each of those who wait; the type cannot be cloned.
@@ -422,12 +448,8 @@ fn sound_connection(path: &Path) -> Result<Result<Connection, String>, OpenError
         Ok(Prepared::Sound(connection)) => Ok(Ok(connection)),
         Ok(Prepared::Broken(reason)) => Ok(Err(reason)),
         Ok(Prepared::Newer(version)) => Err(OpenError::Newer { path: path.to_owned(), version }),
-        Err(error) => match error.sqlite_error_code() {
-            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
-                Ok(Err(error.to_string()))
-            }
-            _ => Err(OpenError::Database { path: path.to_owned(), source: error }),
-        },
+        Err(error) if is_broken(&error) => Ok(Err(error.to_string())),
+        Err(error) => Err(OpenError::Database { path: path.to_owned(), source: error }),
     }
 }
 
@@ -594,6 +616,12 @@ mod tests {
         store.set_trust(Trust::Complete).await.expect("written");
         drop(store);
         assert_eq!(Store::open(&path).expect("opens again").1.trust, Trust::Complete);
+
+        fs::write(dir.path().join("other"), "").expect("written");
+        remove(&path).expect("removed");
+        let left: Vec<_> = fs::read_dir(dir.path()).expect("a directory").flatten().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
+        assert_eq!(Store::open(&path).expect("a new file").1.trust, Trust::Fresh);
     }
 
     #[test]
@@ -616,6 +644,23 @@ mod tests {
         let error = Store::open(&path).err().expect("refused");
         assert!(matches!(error, OpenError::Newer { version: 99, .. }));
         assert!(path.exists());
+    }
+
+    #[tokio::test]
+    async fn file_that_breaks_while_in_use_is_told_apart_from_a_failing_write() {
+        let dir = directory();
+        let path = dir.path().join("state.db");
+        fs::write(&path, "x".repeat(10_000)).expect("some text");
+        // SQLite looks at the file with the first statement only.
+        let connection = Connection::open(&path).expect("opens");
+        let (jobs, inbox) = mpsc::sync_channel(1);
+        let thread = std::thread::spawn(move || run(connection, &inbox));
+        let (done, answer) = oneshot::channel();
+        let change = Change::Object(Write::Put(row("a", "1")));
+        jobs.send(Job { change, done: Some(done) }).expect("the thread runs");
+        assert!(matches!(answer.await, Ok(Err(WriteError::Broken(_)))));
+        drop(jobs);
+        thread.join().expect("ends");
     }
 
     #[tokio::test]

@@ -320,16 +320,30 @@ async fn pods_that_are_not_in_the_list_are_removed_only_once_there_is_a_list() {
                 "containers": [shell("a", "exec sleep 1000")],
             }),
         );
-        agent.engine.set_pods(vec![kept(), lost]).await;
+        let deleted = pod("deleted", json!({"containers": [shell("a", "exec sleep 1000")]}));
+        agent.engine.set_pods(vec![kept(), lost, deleted]).await;
         let before = agent.wait_running("kept-uid").await;
         agent.wait_running("lost-uid").await;
+        agent.wait_running("deleted-uid").await;
         drop(agent);
 
         let mut agent = machine.engine().await;
-        agent.engine.upsert(kept()).await;
+        let known_deleted = ["deleted-uid".to_owned()].into();
+        agent.engine.resume(vec![kept()], known_deleted).await;
         agent.wait_running("kept-uid").await;
-        let count = machine.runtime().list_sandboxes(&[]).await.expect("lists").len();
-        assert_eq!(count, 2, "nothing is removed before the list is trusted");
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        let left = loop {
+            let left = machine.runtime().list_sandboxes(&[]).await.expect("lists");
+            if left.len() < 3 {
+                break left;
+            }
+            assert!(std::time::Instant::now() < deadline, "the deleted pod stays");
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        };
+        let uids: std::collections::BTreeSet<&str> =
+            left.iter().map(|one| one.labels["io.kubernetes.pod.uid"].as_str()).collect();
+        let expected = ["kept-uid", "lost-uid"].into();
+        assert_eq!(uids, expected, "what nobody deleted stays until the list is trusted");
         agent.engine.set_pods(vec![kept()]).await;
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
         while machine.runtime().list_sandboxes(&[]).await.expect("lists").len() > 1 {

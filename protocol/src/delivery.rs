@@ -3,7 +3,8 @@
 //! A message that wants an acknowledgement is written, written again every [`RETRY_INTERVAL`], and put back at the end
 //! of the queue when [`WRITES_MAX`] writes have stayed unanswered. One such message is in flight at a time, so a node
 //! sees them in the order they were queued. A queued version of an object that has not been written yet is replaced by
-//! the next version of the same object. Messages that want no acknowledgement pass all others.
+//! the next version of the same object. Messages that want no acknowledgement pass all others, but for the response to
+//! a digest: it tells the node that it holds everything, so it leaves when everything queued before it is acknowledged.
 //!
 //! No I/O and no clock: call [`Delivery::queue`] and [`Delivery::handle_ack`], then drain [`Delivery::poll_transmit`]
 //! and [`Delivery::poll_event`], then sleep until [`Delivery::poll_timeout`]. The hub's session task is the caller in
@@ -76,6 +77,8 @@ enum Kind {
     Delete { uid: String },
     /// The answer to one request; somebody waits for exactly this message.
     Answer,
+    /// Written once, and only when everything that was queued before it is acknowledged.
+    Barrier,
 }
 
 impl Delivery {
@@ -90,6 +93,10 @@ impl Delivery {
             return Err(QueueFull);
         }
         let message = Arc::new(message);
+        if is_barrier(&message) {
+            self.waiting.push_back(Waiting { message, kind: Kind::Barrier });
+            return Ok(());
+        }
         if !ack_required(&message) {
             self.passing.push_back(message);
             return Ok(());
@@ -132,6 +139,9 @@ impl Delivery {
         }
         if self.flight.is_none() {
             let waiting = self.waiting.pop_front()?;
+            if waiting.kind == Kind::Barrier {
+                return Some(waiting.message);
+            }
             self.flight = Some(Flight { waiting, writes: 0, next_write: now });
         }
         let flight = self.flight.as_mut().filter(|flight| flight.next_write <= now)?;
@@ -145,7 +155,8 @@ impl Delivery {
         self.events.pop_front()
     }
 
-    /// When [`Self::poll_transmit`] has something to do next; `None` when only an input can change that.
+    /// When [`Self::poll_transmit`] has something to do next; `None` when only an input can change that. Right after
+    /// [`Self::poll_transmit`] returned `None`, nothing waits unless something is in flight.
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.flight.as_ref().map(|flight| flight.next_write)
     }
@@ -170,15 +181,20 @@ impl Delivery {
             .iter()
             .find(|waiting| same(waiting))
             .is_some_and(|next| unanswered.kind.is_replaced_by(&next.kind));
+        // Whatever becomes of it, the node does not have the object, and a barrier speaks about that.
+        let is_barrier = |waiting: &Waiting| waiting.kind == Kind::Barrier;
+        let (barriers, others) = self.waiting.drain(..).partition::<Vec<_>, _>(is_barrier);
         if superseded || unanswered.kind == Kind::Answer {
             self.events.push_back(Event::Dropped(unanswered.message));
-            return;
+            self.waiting.extend(others);
+        } else {
+            self.events.push_back(Event::Unanswered(Arc::clone(&unanswered.message)));
+            let (behind, others) = others.into_iter().partition::<Vec<_>, _>(same);
+            self.waiting.extend(others);
+            self.waiting.push_back(unanswered);
+            self.waiting.extend(behind);
         }
-        self.events.push_back(Event::Unanswered(Arc::clone(&unanswered.message)));
-        let (behind, others) = self.waiting.drain(..).partition::<Vec<_>, _>(same);
-        self.waiting.extend(others);
-        self.waiting.push_back(unanswered);
-        self.waiting.extend(behind);
+        self.waiting.extend(barriers);
     }
 }
 
@@ -217,6 +233,12 @@ fn uid(message: &Message) -> String {
         uid: String,
     }
     message.content_as::<Object>().map(|object| object.metadata.uid).unwrap_or_default()
+}
+
+/// Whether a message speaks about all that were queued before it.
+fn is_barrier(message: &Message) -> bool {
+    let route = &message.route;
+    route.resource == crate::digest::RESOURCE && message.operation() == Some(Operation::Response)
 }
 
 /// Whether the node acknowledges this message, so that it has to be written again until it does.

@@ -3,7 +3,8 @@
 //! Ours only, used when both ends announced [`crate::capability::DIGEST`]. The edge sends one `query` message for
 //! [`RESOURCE`] with a [`Digest`] as content (source `metamanager`, group `meta`); the hub answers with the
 //! differences as ordinary pushes (`update` and `delete`, acknowledged like any other) and then with a `response`,
-//! parent set, content `"OK"`, which says that everything up to here has been queued.
+//! parent set, content `"OK"`, which the hub sends when the edge has acknowledged all of them. Only then may the edge
+//! conclude that what it does not hold is not wanted.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

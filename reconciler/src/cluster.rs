@@ -65,11 +65,29 @@ impl From<kube::Error> for ClusterError {
                 } else {
                     status.message.clone()
                 };
+                let message = unknown_fields(&message).unwrap_or(message);
                 Self::Rejected { reason: status.reason.clone(), message }
             }
             other => Self::Unreachable(crate::git::chain(&other)),
         }
     }
+}
+
+/// Says in our words that fields are misspelt; `None` if `message` is about something else.
+///
+/// Source: kubernetes-sigs/structured-merge-diff, typed/validate.go; every server answers an apply with it.
+fn unknown_fields(message: &str) -> Option<String> {
+    if !message.starts_with("failed to create typed patch object") {
+        return None;
+    }
+    let faults = message.split('\n').map(|line| {
+        let line = line.strip_suffix(": field not declared in schema")?;
+        let path = line.rsplit_once(' ').map_or(line, |(_, path)| path);
+        Some(format!("unknown field `{}`", path.trim_start_matches('.')))
+    });
+    // With more than one fault, the first line only announces them.
+    let faults: Vec<String> = faults.flatten().collect();
+    (!faults.is_empty()).then(|| faults.join(", "))
 }
 
 /// What a delete found.
@@ -269,5 +287,30 @@ pub(crate) async fn within<T>(
         Err(_) => {
             Err(ClusterError::Unreachable(format!("no answer in {} s", REQUEST_TIMEOUT.as_secs())))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn misspelt_fields_are_told_in_plain_words() {
+        let check = |message: &str, expected: Option<&str>| {
+            assert_eq!(unknown_fields(message).as_deref(), expected, "{message}");
+        };
+        check(
+            "failed to create typed patch object (site-a/web; apps/v1, Kind=Deployment): .spec.replics: field not declared in schema",
+            Some("unknown field `spec.replics`"),
+        );
+        check(
+            "failed to create typed patch object (a/b; v1, Kind=Pod): errors:\n  .spec.containers[name=\"x\"].imag: field not declared in schema\n  .spec.nods: field not declared in schema",
+            Some("unknown field `spec.containers[name=\"x\"].imag`, unknown field `spec.nods`"),
+        );
+        check(
+            "failed to create typed patch object (a/b; v1, Kind=Pod): .spec.x: expected map",
+            None,
+        );
+        check("Deployment.apps \"web\" is invalid", None);
     }
 }

@@ -57,6 +57,13 @@ pub enum Action {
 #[error("the cluster could not be asked: {0}")]
 pub struct DiffError(String);
 
+impl DiffError {
+    /// What to do about it, shown after the error as `hint: …`.
+    pub fn hint(&self) -> String {
+        "check the kubeconfig and that the API is up".to_owned()
+    }
+}
+
 impl From<ClusterError> for DiffError {
     fn from(error: ClusterError) -> Self {
         Self(error.to_string())
@@ -89,6 +96,7 @@ pub async fn diff(client: Client, rendered: &Rendered) -> Result<Vec<Change>, Di
     let mut changes = Vec::new();
     for (key, outcome) in &rendered.releases {
         let Ok(render) = outcome else { continue };
+        let first = changes.len();
         for (id, object) in render.objects() {
             let api_version = object.value["apiVersion"].as_str().unwrap_or_default();
             let change = |action, fields: Vec<String>, message: Option<String>| Change {
@@ -136,7 +144,10 @@ pub async fn diff(client: Client, rendered: &Rendered) -> Result<Vec<Change>, Di
                 }
             }
         }
+        // A release of which one object is refused is not applied, and then nothing of it is pruned.
+        let refused = changes[first..].iter().any(|change| change.action == Action::Rejected);
         if rendered.prune
+            && !refused
             && let Some(inventory) = existing.get(key)
         {
             let steps = plan(render, inventory, &rendered.claimed(key));

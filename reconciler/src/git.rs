@@ -363,8 +363,7 @@ fn fetch(
     };
     attempt().map_err(|error| {
         let text = chain(&error).to_lowercase();
-        let refused = ["credential", "401", "403", "unauthorized", "permission denied"];
-        if refused.iter().any(|word| text.contains(word)) {
+        if is_refusal(&text) {
             GitError::Credentials { source: error.into() }
         } else if text.contains("didn't match")
             || text.contains("did not match")
@@ -375,6 +374,14 @@ fn fetch(
             GitError::Fetch { source: error.into() }
         }
     })
+}
+
+/// Whether a transport's words mean that who asked may not. The status codes count only as whole words: a port may
+/// have the same digits.
+fn is_refusal(text: &str) -> bool {
+    let said = ["credential", "unauthorized", "permission denied"];
+    let mut words = text.split(|c: char| !c.is_ascii_alphanumeric());
+    said.iter().any(|word| text.contains(word)) || words.any(|word| matches!(word, "401" | "403"))
 }
 
 /// An error with all its sources on one line.

@@ -11,7 +11,9 @@ use kube::runtime::watcher::{self, Event, watcher};
 use kube::runtime::{WatchStreamExt, reflector as reflect};
 use kube::{Client, ResourceExt};
 use serde_json::Value;
-use skerry_api::fleet::v1alpha1::{APP_LABEL, MANAGED_BY, MANAGED_BY_LABEL, SITE_LABEL};
+use skerry_api::fleet::v1alpha1::{
+    self as fleet, APP_LABEL, MANAGED_BY, MANAGED_BY_LABEL, SITE_LABEL,
+};
 use skerry_reconciler_core::{ObjectId, ReleaseKey};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -28,6 +30,8 @@ pub(crate) enum Change {
     Object { release: ReleaseKey, id: ObjectId, version: Version, deleted: bool },
     /// A node.
     Node,
+    /// One of our own reports was deleted: a Release has site and app, a Site has a site, a Fleet has neither.
+    ReportGone { site: Option<String>, app: Option<String> },
     /// A watch has its first full picture, or a new one.
     Synced,
 }
@@ -85,6 +89,7 @@ impl Live {
             return;
         }
         let is_node = key == (String::new(), "Node".to_owned());
+        let is_report = resource.group == fleet::GROUP;
         let selector = format!("{MANAGED_BY_LABEL}={MANAGED_BY}");
         let config = if is_node {
             watcher::Config::default()
@@ -103,10 +108,15 @@ impl Live {
             while let Some(event) = stream.next().await {
                 let change = match event {
                     Ok(Event::Apply(_) | Event::Delete(_)) if is_node => Some(Change::Node),
+                    Ok(Event::Delete(object)) if is_report => {
+                        let label = |name: &str| object.labels().get(name).cloned();
+                        Some(Change::ReportGone { site: label(SITE_LABEL), app: label(APP_LABEL) })
+                    }
+                    Ok(Event::Apply(_) | Event::InitApply(_)) if is_report => None,
+                    Ok(Event::Delete(object)) => change(&api_version, &kind, &object, true),
                     Ok(Event::Apply(object) | Event::InitApply(object)) => {
                         change(&api_version, &kind, &object, false)
                     }
-                    Ok(Event::Delete(object)) => change(&api_version, &kind, &object, true),
                     Ok(Event::InitDone) => Some(Change::Synced),
                     Ok(Event::Init) => None,
                     Err(error) => {
@@ -172,7 +182,12 @@ fn change(api_version: &str, kind: &str, object: &DynamicObject, deleted: bool) 
 fn slim(object: &mut DynamicObject) {
     object.metadata.managed_fields = None;
     object.metadata.annotations = None;
+    let is_report =
+        object.types.as_ref().is_some_and(|types| types.api_version == fleet::API_VERSION);
     if let Some(fields) = object.data.as_object_mut() {
+        if is_report {
+            fields.clear();
+        }
         fields.remove("data");
         fields.remove("stringData");
         fields.remove("binaryData");

@@ -93,7 +93,8 @@ pub(crate) async fn fleet(
     status: &FleetStatus,
 ) -> Result<(), ClusterError> {
     let id = fleet_id();
-    let metadata = json!({"name": FLEET_NAME, "namespace": SYSTEM_NAMESPACE});
+    let labels = json!({MANAGED_BY_LABEL: MANAGED_BY});
+    let metadata = json!({"name": FLEET_NAME, "namespace": SYSTEM_NAMESPACE, "labels": labels});
     let object =
         json!({"apiVersion": API_VERSION, "kind": "Fleet", "metadata": metadata, "spec": spec});
     match cluster.apply(&id, &object, false).await {
@@ -103,8 +104,7 @@ pub(crate) async fn fleet(
         }
         result => drop(result?),
     }
-    let object =
-        json!({"apiVersion": API_VERSION, "kind": "Fleet", "metadata": metadata, "status": status});
+    let object = json!({"apiVersion": API_VERSION, "kind": "Fleet", "metadata": {"name": FLEET_NAME, "namespace": SYSTEM_NAMESPACE}, "status": status});
     cluster.apply_status(&id, &object).await.map(drop)
 }
 

@@ -2,10 +2,11 @@
 
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Event, Namespace, Node};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Client, ResourceExt};
 use serde_json::json;
-use skerry_api::fleet::v1alpha1::{Fleet, Release, ReleaseStatus, SITE_LABEL};
+use skerry_api::fleet::v1alpha1::{Fleet, Release, ReleaseStatus, SITE_LABEL, Site};
 use skerry_apiserver::{ApiServer, Durability};
 use skerry_reconciler::{Action, Config, diff, render_dir, run, status};
 use std::path::{Path, PathBuf};
@@ -171,7 +172,9 @@ impl World {
 
     async fn wait_for_fleet(&self, what: &str, good: impl Fn(&Fleet) -> bool) -> Fleet {
         let api: Api<Fleet> = Api::namespaced(self.client.clone(), "skerry-system");
-        wait(what, async || api.get_opt("fleet").await.ok()?.filter(&good)).await
+        // Between the object and its status there is a moment without one.
+        let told = |fleet: &Fleet| fleet.status.is_some() && good(fleet);
+        wait(what, async || api.get_opt("fleet").await.ok()?.filter(&told)).await
     }
 
     async fn events(&self, reason: &str) -> Vec<Event> {
@@ -364,6 +367,8 @@ async fn mistakes_in_the_repository_are_shown_and_take_nothing_away() {
             !fleet.status.as_ref().unwrap().problems.is_empty()
         })
         .await;
+    let held = world.wait_for_release("b", "page", |status| status.health == "Stalled").await;
+    assert!(held.message.contains("held back by sites/b.yaml:2"), "{}", held.message);
     let problem = &fleet.status.unwrap().problems[0];
     assert_eq!((problem.file.as_str(), problem.line), ("sites/b.yaml", 2), "{problem}");
     assert_eq!(world.text("b", "page").await.as_deref(), Some("salut"));
@@ -452,6 +457,63 @@ async fn what_somebody_else_changes_or_deletes_is_put_back() {
     api.patch("page", &PatchParams::default(), &Patch::Merge(json!({"data": {"text": "mine"}})))
         .await
         .unwrap();
+    world.wait_for_text("a", "page", "hello").await;
+    api.delete("page", &DeleteParams::default()).await.unwrap();
+    world.wait_for_text("a", "page", "hello").await;
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reports_that_somebody_deletes_come_back_with_the_inventory() {
+    let world = World::new().await;
+    world.small_fleet();
+    world.push();
+    let first = world.wait_for_release("a", "page", |status| status.revision.is_some()).await;
+    let releases: Api<Release> = Api::namespaced(world.client.clone(), "site-a");
+    releases.delete("page", &DeleteParams::default()).await.unwrap();
+    let again = world.wait_for_release("a", "page", |status| !status.inventory.is_empty()).await;
+    assert_eq!((again.inventory, again.revision), (first.inventory, first.revision));
+
+    let sites: Api<Site> = Api::namespaced(world.client.clone(), "site-a");
+    sites.delete("a", &DeleteParams::default()).await.unwrap();
+    wait("the Site is back with its status", async || {
+        sites.get_opt("a").await.ok()??.status.filter(|status| !status.health.is_empty())
+    })
+    .await;
+
+    let fleets: Api<Fleet> = Api::namespaced(world.client.clone(), "skerry-system");
+    fleets.delete("fleet", &DeleteParams::default()).await.unwrap();
+    world.wait_for_fleet("the Fleet is back", |fleet| fleet.status.is_some()).await;
+
+    let definitions: Api<CustomResourceDefinition> = Api::all(world.client.clone());
+    let name = "releases.fleet.skerry.dev";
+    definitions.delete(name, &DeleteParams::default()).await.unwrap();
+    wait("the definition goes", async || {
+        definitions
+            .get_opt(name)
+            .await
+            .unwrap()
+            .is_none_or(|definition| definition.metadata.deletion_timestamp.is_some())
+            .then_some(())
+    })
+    .await;
+    let again = world.wait_for_release("a", "page", |status| !status.inventory.is_empty()).await;
+    assert_eq!(again.inventory.len(), 1);
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_changed_while_no_controller_ran_is_put_back_at_the_start() {
+    let mut world = World::new().await;
+    world.small_fleet();
+    world.push();
+    world.wait_for_release("a", "page", |status| status.revision.is_some()).await;
+    world.stop_controller().await;
+    let api = world.config_maps("a");
+    api.patch("page", &PatchParams::default(), &Patch::Merge(json!({"data": {"text": "mine"}})))
+        .await
+        .unwrap();
+    world.start_controller();
     world.wait_for_text("a", "page", "hello").await;
     api.delete("page", &DeleteParams::default()).await.unwrap();
     world.wait_for_text("a", "page", "hello").await;

@@ -100,8 +100,10 @@ pub(crate) fn run(fleet: Fleet, _programs: &Programs) -> Result<Value> {
         "start_s": seconds(fleet.start_time),
     });
     let dir = fleet.dir.clone();
+    let bridge = Path::new("/sys/class/net").join(fleet.fact("/nodes/0/bridge")?);
     fleet.stop()?;
     nothing_left(&dir)?;
+    ensure!(!bridge.exists(), "the network bridge {} is still there", bridge.display());
     Ok(figures)
 }
 

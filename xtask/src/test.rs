@@ -1,13 +1,12 @@
 //! Everything that CI runs: style, lints, tests of all rooms, the smoke run, the kubectl suite.
 
-use crate::{build, conformance, images, setup, sh, up};
+use crate::{conformance, setup, sh, up};
 use anyhow::{Result, ensure};
 use std::process::{Command, ExitCode};
 
 /// Runs it all; the first failure ends the run.
 pub(crate) fn run(quick: bool) -> Result<()> {
     setup::run(!quick)?;
-    images::pack(&build::target()?.join("images"))?;
     for args in [
         &["fmt", "--all", "--check"][..],
         &["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"],

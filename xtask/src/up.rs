@@ -17,12 +17,15 @@ pub(crate) struct Args {
     /// Cargo profile of the programs
     #[arg(long, default_value = "release")]
     profile: String,
+    /// More arguments for `skerry up`, after `--`: for example `--node lisbon-01-a --node porto-01-a`
+    #[arg(last = true)]
+    more: Vec<String>,
 }
 
 impl Args {
     /// A smoke run with programs of a profile.
     pub(crate) fn smoke(profile: &str) -> Self {
-        Self { smoke: true, dir: None, profile: profile.into() }
+        Self { smoke: true, dir: None, profile: profile.into(), more: Vec::new() }
     }
 }
 
@@ -53,7 +56,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let mut skerry = Command::new(&programs.skerry);
     skerry.arg("up").arg("--dir").arg(&dir).arg("--images").arg(images);
     skerry.arg("--template").arg(sh::root().join("fleet-repo-template"));
-    skerry.arg("--edgecore").arg(&programs.edgecore);
+    skerry.arg("--edgecore").arg(&programs.edgecore).args(args.more);
     // Only returns when the program could not be started.
     Err(skerry.exec()).with_context(|| format!("could not start `{}`", programs.skerry.display()))
 }

@@ -41,6 +41,8 @@ pub fn validate(resource: &Resource, object: &Value, old: Option<&Value>) -> Vec
         ("apps", "ControllerRevision") if old.is_some_and(|old| old["data"] != object["data"]) => {
             errors.immutable("data", &object["data"]);
         }
+        // Its `data` is free; only the arm above has something to say.
+        ("apps", "ControllerRevision") => {}
         ("apps", kind) => workload::check(kind, spec, old_spec, &mut errors),
         ("batch", "Job") => workload::check_job(spec, old_spec, "spec", &mut errors),
         ("batch", "CronJob") => workload::check_cron_job(spec, &mut errors),

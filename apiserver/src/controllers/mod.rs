@@ -188,7 +188,11 @@ pub async fn run_with(client: kube::Client, settings: Settings, stop: Cancellati
     let mut started = false;
     loop {
         let (kind, event) = tokio::select! {
-            () = stop.cancelled() => return,
+            () = stop.cancelled() => {
+                // Nothing may be under way when the store closes.
+                tasks.shutdown().await;
+                return;
+            }
             _ = resync.tick() => {
                 controllers.iter().for_each(|controller| controller.resync());
                 continue;

@@ -240,6 +240,45 @@ fn file_that_is_no_database_is_refused() {
 }
 
 #[tokio::test]
+async fn emptied_file_and_foreign_log_are_refused_and_left_as_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    put(&store, "a", None, json!("x")).await;
+    store.close().await;
+    drop(store);
+    let reopen = || Store::open(dir.path(), Durability::Relaxed, Arc::new(Hub::new()));
+    let (path, wal) = (dir.path().join("objects.db"), dir.path().join("objects.db-wal"));
+
+    std::fs::write(&wal, [0xa5; 9000]).unwrap();
+    let error = reopen().err().unwrap();
+    assert!(matches!(error, OpenError::Damaged { .. }), "{error}");
+    assert!(error.to_string().contains("objects.db-wal"), "{error}");
+    assert!(error.hint().is_some());
+    assert_eq!(std::fs::read(&wal).unwrap(), [0xa5; 9000]);
+    std::fs::remove_file(&wal).unwrap();
+
+    let whole = std::fs::read(&path).unwrap();
+    std::fs::write(&path, "").unwrap();
+    let error = reopen().err().unwrap();
+    assert!(matches!(error, OpenError::Damaged { .. }), "{error}");
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
+
+    std::fs::write(&path, whole).unwrap();
+    assert!(reopen().unwrap().current() > 1);
+}
+
+#[tokio::test]
+async fn start_that_was_killed_while_it_made_the_database_is_taken_up() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("objects.half"), "half a page").unwrap();
+    std::fs::write(dir.path().join("objects.half-journal"), "half a page").unwrap();
+    let store = open(dir.path());
+    put(&store, "a", None, json!("x")).await;
+    store.close().await;
+    assert!(!dir.path().join("objects.half").exists());
+}
+
+#[tokio::test]
 async fn second_server_on_the_same_folder_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());

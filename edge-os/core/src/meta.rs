@@ -161,7 +161,11 @@ impl Meta {
             match path.kind() {
                 "pod" => match serde_json::from_value(value) {
                     Ok(pod) => effects.push(Effect::PodUpsert(Box::new(pod))),
-                    Err(error) => effects.push(ignored(&row.path, &error.to_string())),
+                    // Not held then, so that the hub gives it again.
+                    Err(error) => {
+                        effects.push(ignored(&row.path, &error.to_string()));
+                        continue;
+                    }
                 },
                 "node" if path.name() == Some(node) => {
                     effects.push(Effect::OwnNode(Box::new(value)));

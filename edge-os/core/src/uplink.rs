@@ -29,7 +29,7 @@ pub const POD_REPORTS_MAX: usize = 16;
 pub const LOOKUPS_MAX: usize = 256;
 /// How long a lookup may take.
 pub const LOOKUP_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long the hub may take to send the differences of a digest.
+/// How long the hub may be silent while it sends the differences of a digest.
 const DIGEST_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Number of a lookup, for whoever waits.
@@ -56,7 +56,7 @@ pub enum Output {
         /// The object.
         object: Value,
     },
-    /// The hub has queued every difference.
+    /// The hub has told every difference.
     DigestAnswered,
     /// A pod's delete was taken; its row stays until the hub pushes the delete.
     PodFinished(PodKey),
@@ -233,6 +233,13 @@ impl Uplink {
     pub fn acknowledge(&mut self, ack: Message) {
         if self.connected {
             self.acks.push_back(ack);
+        }
+    }
+
+    /// A push came: the hub is at work on the digest, however long all of it takes.
+    pub fn handle_push(&mut self, now: Now) {
+        if let Some((_, Some((_, deadline)))) = &mut self.digest {
+            *deadline = now.mono + DIGEST_TIMEOUT;
         }
     }
 

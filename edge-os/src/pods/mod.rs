@@ -12,7 +12,7 @@
 //!
 //! Behaviour follows kubelet as users see it; facts: kubernetes/kubernetes pkg/kubelet.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, RwLock};
@@ -291,6 +291,7 @@ pub(crate) struct BoardEntry {
 /// What callers ask of the owner loop.
 pub(crate) enum Command {
     SetPods(Vec<Arc<Pod>>),
+    Resume { pods: Vec<Arc<Pod>>, deleted: HashSet<String> },
     Upsert(Arc<Pod>),
     Remove { namespace: String, name: String, uid: String },
     ObjectsChanged { kind: ObjectKind, namespace: String, name: String },
@@ -310,7 +311,7 @@ pub enum ResetError {
 impl Engine {
     /// Starts the engine. The runtime need not be up: the engine waits for it and goes on.
     ///
-    /// Nothing is killed before [`Engine::set_pods`] was called. The receiver must be drained.
+    /// What belongs to no pod is not killed before [`Engine::set_pods`] was called. The receiver must be drained.
     pub async fn start(
         config: EngineConfig,
         objects: Arc<dyn Objects>,
@@ -344,6 +345,12 @@ impl Engine {
     /// and containers that are not in it are stopped and removed.
     pub async fn set_pods(&self, pods: Vec<Arc<Pod>>) {
         self.send(Command::SetPods(pods)).await;
+    }
+
+    /// Adds pods that were read from this machine, which may not be all that are wanted. Of what else runs here,
+    /// only the pods in `deleted` (their UIDs) are stopped; the rest waits for [`Engine::set_pods`].
+    pub async fn resume(&self, pods: Vec<Arc<Pod>>, deleted: HashSet<String>) {
+        self.send(Command::Resume { pods, deleted }).await;
     }
 
     /// Adds a pod, or tells that it changed (also that it got a `deletionTimestamp`).

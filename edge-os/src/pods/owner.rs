@@ -70,6 +70,8 @@ struct Owner {
     answers: bool,
     /// Whether the list of pods is complete, so that what is unknown may be removed.
     trusted: bool,
+    /// UIDs of pods that may be removed before that, because somebody has deleted them.
+    deleted: HashSet<String>,
     resetting: Option<oneshot::Sender<Result<(), ResetError>>>,
     done: mpsc::Sender<PodName>,
 }
@@ -116,6 +118,7 @@ pub(super) async fn run(start: Start) {
         listed: None,
         answers: true,
         trusted: false,
+        deleted: HashSet::new(),
         resetting: None,
         done,
     };
@@ -189,7 +192,22 @@ impl Owner {
                     self.upsert(pod);
                 }
                 self.trusted = true;
+                self.deleted.clear();
                 self.remove_orphans();
+                self.listed.is_none()
+            }
+            Command::Resume { pods, deleted } => {
+                if self.listed.is_none() {
+                    self.list().await;
+                }
+                let wanted: HashSet<&String> =
+                    pods.iter().filter_map(|pod| pod.metadata.uid.as_ref()).collect();
+                self.deleted = deleted.into_iter().filter(|uid| !wanted.contains(uid)).collect();
+                // First, so that a successor of the same name waits for them.
+                self.remove_orphans();
+                for pod in pods {
+                    self.upsert(pod);
+                }
                 self.listed.is_none()
             }
             Command::Upsert(pod) => {
@@ -355,15 +373,13 @@ impl Owner {
         true
     }
 
-    /// Starts to stop what belongs to no pod. Does nothing before the list of pods is trusted.
+    /// Starts to stop what belongs to no pod; before the list of pods is trusted, only what is known to be deleted.
     fn remove_orphans(&mut self) {
-        if !self.trusted {
-            return;
-        }
         let listed = self.listed.iter().flat_map(HashMap::keys);
         let waiting =
             |uid: &str| self.waiting.iter().any(|pod| pod.metadata.uid.as_deref() == Some(uid));
         let orphans: Vec<String> = listed
+            .filter(|uid| self.trusted || self.deleted.contains(*uid))
             .filter(|uid| !self.workers.contains_key(*uid) && !waiting(uid))
             .cloned()
             .collect();

@@ -174,6 +174,35 @@ fn messages_without_ack_pass_the_one_in_flight() {
 }
 
 #[test]
+fn answer_to_a_digest_waits_until_everything_before_it_is_acknowledged() {
+    let mut now = Instant::now();
+    let request =
+        Message::new(0, "metamanager", "meta", Operation::Query, crate::digest::RESOURCE, &());
+    let barrier = request.response(0, "OK");
+    let mut delivery = queued([
+        object(Operation::Update, "default/pod/a", "a", 1),
+        object(Operation::Update, "default/pod/b", "b", 1),
+        barrier.clone(),
+    ]);
+    let first = delivery.poll_transmit(now).expect("due");
+    // The next version of what is in flight comes after the barrier in the queue, not in what is promised.
+    delivery.queue(object(Operation::Update, "default/pod/a", "a", 2)).expect("room");
+    while delivery.poll_timeout().is_some_and(|at| at < now + RETRY_INTERVAL * WRITES_MAX) {
+        now = delivery.poll_timeout().expect("in flight");
+        let next = delivery.poll_transmit(now).expect("due");
+        if next.header.msg_id != first.header.msg_id {
+            delivery.handle_ack(&next.header.msg_id);
+            break;
+        }
+    }
+    assert_eq!(
+        drain(&mut delivery, now),
+        ["update default/pod/a 2".to_owned(), format!("response {} ", crate::digest::RESOURCE)],
+    );
+    assert!(delivery.is_empty());
+}
+
+#[test]
 fn full_queue_refuses_and_keeps_what_it_has() {
     let mut delivery = queued(
         (0..WAITING_MAX).map(|n| object(Operation::Update, &format!("default/pod/{n}"), "u", 1)),

@@ -121,17 +121,25 @@ impl CompleteRender {
 }
 
 impl Rendered {
-    /// All problems, of the repository and of every release, each once.
+    /// All problems, of the repository and of every release, each once: what is wrong in the same way on several sites
+    /// names no site.
     pub fn all_problems(&self) -> Vec<Problem> {
-        let mut seen = BTreeSet::new();
         let of_releases =
             self.releases.values().filter_map(|outcome| outcome.as_ref().err()).flatten();
-        self.problems
-            .iter()
-            .chain(of_releases)
-            .filter(|problem| seen.insert((*problem).clone()))
-            .cloned()
-            .collect()
+        let mut all: Vec<Problem> = Vec::new();
+        let mut seen: BTreeMap<(&str, u64, u64, &str), usize> = BTreeMap::new();
+        for problem in self.problems.iter().chain(of_releases) {
+            let place = (&*problem.file, problem.line, problem.column, &*problem.message);
+            match seen.get(&place) {
+                Some(index) if all[*index].site != problem.site => all[*index].site = None,
+                Some(_) => {}
+                None => {
+                    seen.insert(place, all.len());
+                    all.push(problem.clone());
+                }
+            }
+        }
+        all
     }
 
     /// Objects and problems as one JSON value: `fleet`, `releases` (`site`, `app`, `objects`, `problems`), `problems`.

@@ -305,6 +305,11 @@ impl Reader<'_> {
                     None => {
                         seen.insert(node, index);
                     }
+                    // Two files for one site were told already.
+                    Some(first)
+                        if first != index
+                            && sites[first].site.metadata.name
+                                == sites[index].site.metadata.name => {}
                     Some(first) => {
                         let message = format!(
                             "node `{node}` is already in site `{}` at {}",

@@ -1,6 +1,6 @@
 //! Takes the cluster to the commit in force: sites, releases, removals, node labels, in this order.
 
-use super::{Driver, RELEASES_AT_ONCE, RETRY_LAST, RETRY_LAST_TRANSIENT, pause, short};
+use super::{Driver, RELEASES_AT_ONCE, RETRY_LAST, RETRY_LAST_TRANSIENT, SETTLE, pause, short};
 use crate::cluster::{ClusterError, Pruned, within};
 use crate::release::{self, Done, Failure, Work};
 use crate::report::{self, Mood};
@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::Namespace;
 use kube::ResourceExt;
 use kube::api::{Api, DeleteParams, ListParams};
 use skerry_api::fleet::v1alpha1::{
-    self as fleet, MANAGED_BY, MANAGED_BY_LABEL, SITE_LABEL, site_namespace,
+    self as fleet, MANAGED_BY, MANAGED_BY_LABEL, Problem, SITE_LABEL, site_namespace,
 };
 use skerry_reconciler_core::{ObjectId, ReleaseKey, Rendered, Roster, plan, plan_removals, resync};
 use std::collections::{BTreeSet, HashMap};
@@ -59,6 +59,9 @@ impl Driver {
                     }
                 }
             }
+        }
+        if only.is_none() {
+            self.note_held(&rendered, &revision).await;
         }
         let mut kinds = Vec::new();
         for (id, object) in works.iter().flat_map(|work| work.render().objects()) {
@@ -109,6 +112,35 @@ impl Driver {
         self.report_fleet().await;
     }
 
+    /// Releases that the commit says nothing about, because a file that could name them is broken: they stay as they
+    /// are, and that has to be said where people look.
+    async fn note_held(&mut self, rendered: &Rendered, revision: &str) {
+        let held: Vec<ReleaseKey> = self
+            .releases
+            .keys()
+            .filter(|key| !rendered.releases.contains_key(key))
+            .filter(|key| rendered.roster.as_ref().is_none_or(|roster| roster.has_release(key)))
+            .cloned()
+            .collect();
+        for key in held {
+            let concerns = |problem: &&Problem| {
+                problem.app.as_ref() == Some(&key.app)
+                    || problem.site.as_ref() == Some(&key.site)
+                    || problem.file == format!("sites/{}.yaml", key.site)
+            };
+            let problems = &rendered.problems;
+            let Some(problem) = problems.iter().find(concerns).or(problems.first()) else {
+                continue;
+            };
+            let message = format!("held back by {problem}");
+            let failure = Failure { reason: "RenderFailed", message, transient: false };
+            self.note_failure(&key, revision, Some(failure)).await;
+            if let Some(state) = self.releases.get_mut(&key) {
+                state.retry_at = None; // the same commit renders the same
+            }
+        }
+    }
+
     pub(super) fn schedule_rest(&mut self) {
         let attempts = self.retry_rest.map_or(0, |(_, attempts)| attempts);
         self.retry_rest =
@@ -144,6 +176,9 @@ impl Driver {
         for (name, result) in results {
             let state = self.sites.entry(name.clone()).or_default();
             state.prepared = result.is_ok().then(|| rendered.sites[&name].clone());
+            // A Site object that was not there a moment ago has no status yet.
+            state.rewrite |= state.prepared.is_some();
+            self.judge_sites_at = self.judge_sites_at.min(Instant::now() + SETTLE);
             if let Err(error) = result {
                 fine = false;
                 tracing::warn!(site = %name, %error, "the site's namespace could not be prepared");

@@ -1,6 +1,7 @@
 //! Verdicts on releases, sites and the fleet, and their reports.
 
 use super::{Driver, RELEASES_AT_ONCE, RETRY_FIRST, short};
+use crate::cluster::ClusterError;
 use crate::live::{Version, to_value};
 use crate::report;
 use futures::future::BoxFuture;
@@ -23,10 +24,11 @@ impl Driver {
         let keys = std::mem::take(&mut self.dirty);
         let mut words: BTreeMap<String, (SiteWord, String)> = BTreeMap::new();
         let mut verdicts = Vec::new();
+        let mut kind_gone = false;
         for key in keys {
             let site =
                 words.entry(key.site.clone()).or_insert_with(|| self.site_word(&key.site)).clone();
-            let Some(status) = self.release_status(&key, site) else { continue };
+            let Some(mut status) = self.release_status(&key, site) else { continue };
             let state = self.releases.get(&key).expect("it has a status");
             let as_now = |written: &ReleaseStatus| ReleaseStatus {
                 observed_at: status.observed_at.clone(),
@@ -34,6 +36,10 @@ impl Driver {
             };
             if state.written.as_ref().is_some_and(|written| as_now(written) == status) {
                 continue;
+            }
+            if as_now(&state.status) == status {
+                // Nothing new was observed; it is only written again.
+                status.observed_at.clone_from(&state.status.observed_at);
             }
             verdicts.push((key, status));
         }
@@ -60,10 +66,14 @@ impl Driver {
                 }
                 Err(error) => {
                     tracing::warn!(release = %key, %error, "the release's report could not be written; trying again");
+                    kind_gone |= matches!(error, ClusterError::UnknownKind { .. });
                     self.dirty.insert(key);
                     self.judge_at = Some(Instant::now() + RETRY_FIRST);
                 }
             }
+        }
+        if kind_gone {
+            self.install_definitions().await;
         }
     }
 
@@ -196,14 +206,17 @@ impl Driver {
                     .and_then(|before| before.since.clone())
                     .or_else(|| Some(report::now())),
             };
-            if before == Some(&status) {
+            if before == Some(&status) && !state.rewrite {
                 continue;
             }
             if same_word.is_none() {
                 tracing::info!(site = %name, health = %status.health, "site");
             }
             match report::site_status(&self.cluster, name, &status).await {
-                Ok(()) => state.status = Some(status),
+                Ok(()) => {
+                    state.status = Some(status);
+                    state.rewrite = false;
+                }
                 Err(error) => {
                     tracing::debug!(site = %name, %error, "the site's report could not be written")
                 }
@@ -257,10 +270,12 @@ impl Driver {
             (Some((message, reason, _)), _) => (false, *reason, message.clone()),
             (None, None) => (false, "Waiting", "no commit has been read yet".to_owned()),
             (None, Some(_)) if count > 0 => {
-                (false, "Problems", format!("{count} problems in the repository"))
+                let message = format!("{} in the repository", counted(count, "problem"));
+                (false, "Problems", message)
             }
             (None, Some(_)) if stalled > 0 => {
-                (false, "Stalled", format!("{stalled} releases could not be applied"))
+                let message = format!("{} could not be applied", counted(stalled, "release"));
+                (false, "Stalled", message)
             }
             (None, Some(revision)) => (true, "Applied", format!("{} is applied", short(revision))),
         };
@@ -298,4 +313,9 @@ impl Driver {
             }
         }
     }
+}
+
+/// `1 problem`, `2 problems`.
+fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }

@@ -87,6 +87,8 @@ struct SiteState {
     /// What the Site object was made from; its namespace is there then, too.
     prepared: Option<RenderedSite>,
     status: Option<SiteStatus>,
+    /// `status` has to be written again, even if it is the same: somebody may have deleted or changed the object.
+    rewrite: bool,
 }
 
 #[derive(Default)]
@@ -183,9 +185,29 @@ impl Driver {
             )
             .await;
         }
+        // What happened while no reconciler ran is undone at once, and from then on changes by others can be told.
+        let first = self.current.is_none();
         self.current = Some(Current { revision, rendered });
         self.retry_rest = None;
-        self.bring_up(None, false).await;
+        self.bring_up(None, first).await;
+    }
+
+    /// Makes every report be written again; one that is as it should be stays untouched in the cluster.
+    fn forget_reports(&mut self) {
+        for state in self.sites.values_mut() {
+            state.prepared = None;
+            state.rewrite = true;
+        }
+        self.releases.values_mut().for_each(|state| state.written = None);
+        self.dirty.extend(self.releases.keys().cloned());
+        self.fleet.written = None;
+    }
+
+    /// Brings back the definitions of our own kinds, in case somebody deleted them.
+    async fn install_definitions(&self) {
+        if let Err(error) = start::install(&self.cluster).await {
+            tracing::warn!(%error, "the definitions of Fleet, Site and Release could not be installed");
+        }
     }
 
     fn handle_change(&mut self, change: Change) {
@@ -195,6 +217,25 @@ impl Driver {
             Change::Synced => {
                 self.dirty.extend(self.releases.keys().cloned());
                 self.judge_sites_at = Instant::now() + SETTLE;
+            }
+            Change::ReportGone { site: Some(site), app: Some(app) } => {
+                let key = ReleaseKey { site, app };
+                if let Some(state) = self.releases.get_mut(&key) {
+                    tracing::info!(release = %key, "the release's report was deleted; writing it again");
+                    state.written = None;
+                    self.dirty.insert(key);
+                }
+            }
+            Change::ReportGone { site: Some(site), app: None } => {
+                if let Some(state) = self.sites.get_mut(&site) {
+                    state.prepared = None;
+                    state.rewrite = true;
+                    self.schedule_rest();
+                }
+            }
+            Change::ReportGone { .. } => {
+                self.fleet.written = None;
+                self.schedule_rest();
             }
             Change::Object { release, id, version, deleted } => {
                 let current = self
@@ -208,7 +249,7 @@ impl Driver {
                 let drifted = match state.versions.get(&id) {
                     Some(applied) if deleted => version.resource >= applied.resource,
                     Some(applied) => version.drifted_from(*applied),
-                    None => false,
+                    None => deleted,
                 };
                 if drifted && desired && state.failure.is_none() && state.retry_at.is_none() {
                     tracing::info!(release = %release, object = %id, deleted, "changed by somebody else; applying again");
@@ -235,9 +276,8 @@ impl Driver {
         }
         if self.resync_at <= now {
             self.resync_at = now + RESYNC;
-            for state in self.sites.values_mut() {
-                state.prepared = None;
-            }
+            self.forget_reports();
+            self.install_definitions().await;
             self.bring_up(None, true).await;
         }
         if self.retry_rest.is_some_and(|(at, _)| at <= now) {

@@ -77,12 +77,15 @@ impl Driver {
     }
 
     async fn watch_basics(&mut self) {
+        let own = ["Fleet", "Site", "Release"].map(|kind| (fleet::API_VERSION, kind));
         let basics = [("v1", "Node"), ("v1", "Pod")]
+            .into_iter()
+            .chain(own)
             .map(|(version, kind)| (ObjectId::new(version, kind, "", ""), version.to_owned()));
         let owned = self.releases.values().flat_map(|state| {
             state.inventory.objects.iter().map(|(id, item)| (id.clone(), item.api_version.clone()))
         });
-        let kinds: Vec<_> = basics.into_iter().chain(owned).collect();
+        let kinds: Vec<_> = basics.chain(owned).collect();
         self.watch_kinds(kinds).await;
     }
 
@@ -105,7 +108,7 @@ impl Driver {
 }
 
 /// Installs the definitions of Fleet, Site and Release, and waits until they are served.
-async fn install(cluster: &Cluster) -> Result<(), ClusterError> {
+pub(super) async fn install(cluster: &Cluster) -> Result<(), ClusterError> {
     let api: Api<CustomResourceDefinition> = Api::all(cluster.client.clone());
     for crd in fleet::crds() {
         let name = crd["metadata"]["name"].as_str().unwrap_or_default().to_owned();
@@ -159,7 +162,7 @@ async fn load(cluster: &Cluster) -> Result<Loaded, ClusterError> {
     let mut sites = BTreeMap::new();
     let api: Api<Site> = Api::all(cluster.client.clone());
     for site in within(api.list(&ListParams::default())).await? {
-        sites.insert(site.name_any(), SiteState { prepared: None, status: site.status });
+        sites.insert(site.name_any(), SiteState { status: site.status, ..SiteState::default() });
     }
     let api: Api<Fleet> = Api::namespaced(cluster.client.clone(), SYSTEM_NAMESPACE);
     let fleet = within(api.get_opt(FLEET_NAME)).await?;

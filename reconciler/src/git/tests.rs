@@ -325,3 +325,10 @@ fn answer(stream: TcpStream, root: &Path) {
     );
     let _ = stream.write_all(content);
 }
+
+#[test]
+fn digits_of_a_port_are_no_status_code() {
+    assert!(is_refusal("received http status 401"));
+    assert!(is_refusal("http status: 403, forbidden"));
+    assert!(!is_refusal("could not connect to 127.0.0.1:40312: connection refused"));
+}

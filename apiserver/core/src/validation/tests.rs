@@ -342,3 +342,9 @@ fn no_kind_panics_on_wrong_types() {
         }
     }
 }
+
+#[test]
+fn a_controller_revision_may_hold_anything_and_is_no_workload() {
+    let part = json!({"spec": {"template": {"$patch": "replace"}}});
+    check("ControllerRevision", json!({"revision": 1, "data": part}), &[]);
+}

@@ -455,12 +455,13 @@ impl<'a> Rollout<'a> {
         }
     }
 
-    /// Deletes ReplicaSets past the history limit, once the rollout is done.
+    /// Deletes ReplicaSets past the history limit.
+    ///
+    /// Kubernetes waits with this until the rollout is done. A site may be offline for weeks while its app changes with
+    /// every push, and no rollout is done there; so we do not wait. What goes has no pods and is past the limit either
+    /// way.
     fn clean_up(&self, steps: &mut Vec<Step>) {
         let Some(limit) = number(self.deployment, "/spec/revisionHistoryLimit") else { return };
-        if !self.is_complete(&self.counts()) {
-            return;
-        }
         let mut idle: Vec<&&Value> = self
             .old
             .iter()
