@@ -1,7 +1,7 @@
 //! Figures, one JSON line each: `{"bench","figure","unit","value","peer","ratio"}`.
 //!
 //! `peer` is the value that ours is held against: measured in the same run where the peer can run here, else the
-//! figure of KubeEdge's that docs/figures.md names. `ratio` is ours by theirs; `null` where there is no peer.
+//! figure of KubeEdge's that docs/figures.md names (measured beside it on another day). `ratio` is ours by theirs; `null` where there is no peer.
 
 use crate::fleet::{Fleet, PATIENCE};
 use crate::{build, images, setup, sh, smoke};
@@ -27,7 +27,10 @@ pub(crate) fn run(name: &str, profile: &str) -> Result<()> {
 
 fn up(profile: &str) -> Result<()> {
     setup::run(true)?;
-    let programs = build::programs(profile)?;
+    let mut programs = build::programs(profile)?;
+    if profile != "dev" {
+        programs.edgecore = build::appliance_agent()?;
+    }
     let dir = build::target()?.join("bench");
     images::pack(&dir.join("images"))?;
     let fleet = Fleet::start(&programs, &dir)?;

@@ -21,7 +21,7 @@ pub(crate) struct Args {
     #[arg(long, default_value = "skerry.local/busybox:1")]
     image: String,
     /// Cargo profile of the programs
-    #[arg(long, default_value = "release")]
+    #[arg(long, default_value = "dev")]
     profile: String,
     /// `table` or `json` (one line last)
     #[arg(long, default_value = "table")]

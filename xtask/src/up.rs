@@ -14,8 +14,8 @@ pub(crate) struct Args {
     /// Folder of everything that runs (default: `up` or `smoke` in Cargo's target folder)
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// Cargo profile of the programs
-    #[arg(long, default_value = "release")]
+    /// Cargo profile of the programs; `release` takes four times as long to build and half the memory to run
+    #[arg(long, default_value = "dev")]
     profile: String,
     /// More arguments for `skerry up`, after `--`: for example `--node lisbon-01-a --node porto-01-a`
     #[arg(last = true)]
