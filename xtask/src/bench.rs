@@ -1,7 +1,8 @@
 //! Figures, one JSON line each: `{"bench","figure","unit","value","peer","ratio"}`.
 //!
-//! `peer` is the value that ours is held against: measured in the same run where the peer can run here, else the
-//! figure of KubeEdge's that docs/figures.md names (measured beside it on another day). `ratio` is ours by theirs; `null` where there is no peer.
+//! `peer` is the value that ours is held against: measured in the same run where the peer can run here, else
+//! KubeEdge's figure that docs/figures.md names, measured beside it on a like machine. `ratio` is ours by theirs;
+//! `null` where there is no peer.
 
 use crate::fleet::{Fleet, PATIENCE};
 use crate::{build, images, setup, sh, smoke};
