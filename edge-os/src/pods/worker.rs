@@ -280,7 +280,6 @@ impl Worker {
 
     /// Brings the pod as far as it goes now; returns when to look again.
     async fn sync(&mut self) -> Duration {
-        let before = (!self.known).then(|| self.runtime.clone());
         if !self.known
             && let Err(error) = self.refresh().await
         {
@@ -288,13 +287,12 @@ impl Worker {
             return self.next_retry();
         }
         let mut pause = RESYNC_INTERVAL;
-        if self.looks > 0 && before.is_some_and(|before| before == self.runtime) {
-            // An end was announced and does not show yet.
+        if self.looks > 0 {
+            // An end was announced. A change that is seen need not be that end (a start may be told meanwhile), so
+            // every look is taken; an end that is missed here would stay unseen until the next full list.
             pause = EXIT_LOOK_MIN * 2_u32.pow(EXIT_LOOKS_MAX - self.looks);
             self.looks -= 1;
             self.known = false;
-        } else if self.looks > 0 {
-            self.looks = 0;
         }
         match self.advance().await {
             Ok(()) => self.retry = RETRY_MIN,
