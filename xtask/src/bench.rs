@@ -28,10 +28,7 @@ pub(crate) fn run(name: &str, profile: &str) -> Result<()> {
 
 fn up(profile: &str) -> Result<()> {
     setup::run(true)?;
-    let mut programs = build::programs(profile)?;
-    if profile != "dev" {
-        programs.edgecore = build::appliance_agent()?;
-    }
+    let programs = build::programs(profile)?;
     let dir = build::target()?.join("bench");
     images::pack(&dir.join("images"))?;
     let fleet = Fleet::start(&programs, &dir)?;

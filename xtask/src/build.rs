@@ -24,15 +24,6 @@ pub(crate) fn programs(profile: &str) -> Result<Programs> {
     Ok(Programs { skerry: folder.join("skerry"), edgecore: folder.join("edgecore") })
 }
 
-/// Builds `edgecore` alone as the appliance has it: small, at the price of minutes.
-pub(crate) fn appliance_agent() -> Result<PathBuf> {
-    sh::say("building the agent (profile edge; the first build takes minutes)");
-    let mut cargo = Command::new(env!("CARGO"));
-    cargo.current_dir(sh::root()).args(["build", "--locked", "--profile", "edge"]);
-    sh::run(cargo.args(["--package", "skerry-edge", "--bins"]))?;
-    Ok(target()?.join("edge/edgecore"))
-}
-
 /// Cargo's target folder of this workspace.
 pub(crate) fn target() -> Result<PathBuf> {
     let mut cargo = Command::new(env!("CARGO"));

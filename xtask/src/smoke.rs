@@ -1,6 +1,5 @@
 //! The smoke run: a push reaches a real container, and goes on doing so through a cut and a killed agent.
 
-use crate::build::Programs;
 use crate::fleet::{Fleet, PATIENCE, Running};
 use crate::sh;
 use anyhow::{Context, Result, bail, ensure};
@@ -18,7 +17,7 @@ const PORT: u16 = 8080;
 const IMAGES: [&str; 2] = ["skerry.local/busybox:1", "skerry.local/busybox:2"];
 
 /// Runs every step; returns the line of figures.
-pub(crate) fn run(fleet: Fleet, _programs: &Programs) -> Result<Value> {
+pub(crate) fn run(fleet: Fleet) -> Result<Value> {
     sh::say(format!("fleet is up after {:.1} s", fleet.start_time.as_secs_f64()));
     let (first, _) = one(&fleet, "first page", |web| web.page(PORT))?;
 

@@ -41,7 +41,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let images = dir.join("images");
     images::pack(&images)?;
     if args.smoke {
-        return match Fleet::start(&programs, &dir).and_then(|fleet| smoke::run(fleet, &programs)) {
+        return match Fleet::start(&programs, &dir).and_then(smoke::run) {
             Ok(figures) => {
                 println!("{figures}");
                 Ok(ExitCode::SUCCESS)
