@@ -6,6 +6,7 @@
 //! No I/O. The cluster types implement `k8s_openapi::Resource` and `Metadata`, so `kube::Api<Release>` works.
 
 pub mod fleet;
+pub mod kubeedge;
 pub mod reliablesyncs;
 
 use serde_json::Value;

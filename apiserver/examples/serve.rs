@@ -1,5 +1,5 @@
 //! Serves an embedded API from a folder and prints the path of a kubeconfig for it:
-//! `cargo run --example serve -- /some/folder [port]`.
+//! `cargo run --example serve -- /some/folder [port]`. Beside it lies one with the rights of CloudCore.
 
 use skerry_apiserver::{ApiServer, Config, Durability, auth};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -26,6 +26,8 @@ async fn main() -> anyhow::Result<()> {
     .await?;
     let kubeconfig = dir.join("admin.kubeconfig");
     std::fs::write(&kubeconfig, server.kubeconfig("admin", &[auth::MASTERS])?)?;
+    let cloudcore = server.kubeconfig("system:cloudcore", &[auth::CLOUDCORE])?;
+    std::fs::write(dir.join("cloudcore.kubeconfig"), cloudcore)?;
     println!("{}", kubeconfig.display());
     tokio::signal::ctrl_c().await?;
     server.shutdown().await;

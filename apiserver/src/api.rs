@@ -4,6 +4,7 @@ use crate::auth::{Access, Attributes, Tokens, User};
 use crate::http::{Answer, BODY_MAX, Call, Response, refused};
 use crate::nodes::NodeStreams;
 use crate::route::{Query, Route};
+use crate::service_tokens::{ISSUER, ServiceTokens};
 use crate::store::{Key, Range, Store, StoreError};
 use bytes::Bytes;
 use http::Method;
@@ -22,6 +23,7 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 pub(crate) struct Api {
     pub(crate) store: Store,
     pub(crate) tokens: Tokens,
+    pub(crate) service_tokens: ServiceTokens,
     pub(crate) node_streams: Option<Arc<dyn NodeStreams>>,
     /// Ends the streams when the server stops.
     pub(crate) stop: CancellationToken,
@@ -39,12 +41,14 @@ impl Api {
     pub(crate) fn new(
         store: Store,
         tokens: Tokens,
+        service_tokens: ServiceTokens,
         node_streams: Option<Arc<dyn NodeStreams>>,
         stop: CancellationToken,
     ) -> Self {
         Self {
             store,
             tokens,
+            service_tokens,
             node_streams,
             stop,
             catalog: RwLock::new(Catalog::builtin()),
@@ -83,7 +87,8 @@ impl Api {
         let headers = head.headers;
         let mut warnings = Warnings::new();
         let answer = async {
-            let user = self.authenticate(user, &headers)?;
+            let user = self.authenticate(user, &headers).await?;
+            let user = self.impersonate(user, &headers)?;
             let body = Limited::new(body, BODY_MAX).collect();
             let body = tokio::time::timeout(BODY_TIMEOUT, body).await.map_err(|_| {
                 ApiError::new(408, "Timeout", "the request body took too long to arrive")
@@ -116,7 +121,7 @@ impl Api {
         answer.into_response(&headers, &warnings)
     }
 
-    fn authenticate(
+    async fn authenticate(
         &self,
         user: Option<User>,
         headers: &http::HeaderMap,
@@ -127,12 +132,57 @@ impl Api {
         let Some(credentials) = headers.get(http::header::AUTHORIZATION) else {
             return Ok(User::anonymous());
         };
-        credentials
-            .to_str()
-            .ok()
-            .and_then(|text| text.strip_prefix("Bearer "))
-            .and_then(|token| self.tokens.user(token.trim()))
-            .ok_or_else(ApiError::unauthorized)
+        let token = credentials.to_str().ok().and_then(|text| text.strip_prefix("Bearer "));
+        let token = token.ok_or_else(ApiError::unauthorized)?.trim();
+        if let Some(user) = self.tokens.user(token) {
+            return Ok(user);
+        }
+        let account = self.service_account(token, &[ISSUER.to_owned()]).await;
+        account.ok_or_else(ApiError::unauthorized)
+    }
+
+    /// The user that a request with `Impersonate-…` headers acts as, if its sender may.
+    ///
+    /// Source: kubernetes.io, "User impersonation".
+    fn impersonate(&self, sender: User, headers: &http::HeaderMap) -> Result<User, ApiError> {
+        let all = |name: &str| -> Vec<String> {
+            let values = headers.get_all(name).iter();
+            values.filter_map(|value| value.to_str().ok().map(str::to_owned)).collect()
+        };
+        let mut groups = all("impersonate-group");
+        let other = headers.keys().any(|name| {
+            name == "impersonate-uid" || name.as_str().starts_with("impersonate-extra-")
+        });
+        let Some(name) = all("impersonate-user").pop().filter(|name| !name.is_empty()) else {
+            if groups.is_empty() && !other {
+                return Ok(sender);
+            }
+            return Err(ApiError::bad_request("impersonation needs the header Impersonate-User"));
+        };
+        if other {
+            // Ignored, it would widen or narrow rights without a word.
+            return Err(ApiError::not_yet("impersonation of a uid or of extra fields"));
+        }
+        let wanted = |resource: &str, name: &str| Attributes {
+            verb: "impersonate".into(),
+            resource: resource.into(),
+            name: name.into(),
+            ..Attributes::default()
+        };
+        self.allow(&sender, &wanted("users", &name))?;
+        for group in &groups {
+            self.allow(&sender, &wanted("groups", group))?;
+        }
+        if let Some(account) = name.strip_prefix("system:serviceaccount:")
+            && let Some((namespace, _)) = account.split_once(':')
+            && groups.is_empty()
+        {
+            groups = vec![
+                "system:serviceaccounts".into(),
+                format!("system:serviceaccounts:{namespace}"),
+            ];
+        }
+        Ok(User::new(&name, &groups))
     }
 
     async fn answer(

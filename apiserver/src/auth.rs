@@ -5,12 +5,13 @@
 
 use crate::pki::{PkiError, write_private};
 use crate::route::Target;
+use crate::signer::KUBELET_SERVING;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use ring::digest::{SHA256, digest};
 use serde_json::{Value, json};
 use skerry_apiserver_core::status::ApiError;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -34,17 +35,26 @@ const TOKENS_MAX: usize = 10_000;
 pub(crate) struct User {
     pub(crate) name: String,
     pub(crate) groups: Vec<String>,
+    /// Of a service account; else empty.
+    pub(crate) uid: String,
+    /// What else is known, under the keys of SubjectAccessReview.
+    pub(crate) extra: BTreeMap<String, Vec<String>>,
 }
 
 impl User {
     pub(crate) fn new(name: &str, groups: &[impl AsRef<str>]) -> Self {
         let mut groups: Vec<String> = groups.iter().map(|group| group.as_ref().into()).collect();
         groups.push("system:authenticated".into());
-        Self { name: name.into(), groups }
+        Self { name: name.into(), groups, uid: String::new(), extra: BTreeMap::new() }
     }
 
     pub(crate) fn anonymous() -> Self {
-        Self { name: "system:anonymous".into(), groups: vec!["system:unauthenticated".into()] }
+        Self {
+            name: "system:anonymous".into(),
+            groups: vec!["system:unauthenticated".into()],
+            uid: String::new(),
+            extra: BTreeMap::new(),
+        }
     }
 
     pub(crate) fn is_anonymous(&self) -> bool {
@@ -52,7 +62,14 @@ impl User {
     }
 
     pub(crate) fn to_value(&self) -> Value {
-        json!({"username": self.name, "groups": self.groups})
+        let mut value = json!({"username": self.name, "groups": self.groups});
+        if !self.uid.is_empty() {
+            value["uid"] = self.uid.as_str().into();
+        }
+        if !self.extra.is_empty() {
+            value["extra"] = json!(self.extra);
+        }
+        value
     }
 }
 
@@ -92,18 +109,21 @@ struct Rule {
     resources: &'static [&'static str],
     /// Only in this namespace.
     namespace: Option<&'static str>,
+    /// Only the object of this name; a `*` at its end stands for anything.
+    name: Option<&'static str>,
 }
 
 const READ: &[&str] = &["get", "list", "watch"];
 const WRITE: &[&str] = &["create", "update", "patch", "delete"];
 const ALL: &[&str] = &["*"];
+const CERTIFICATES: &[&str] = &["certificates.k8s.io"];
 
 const fn rule(
     verbs: &'static [&'static str],
     groups: &'static [&'static str],
     resources: &'static [&'static str],
 ) -> Rule {
-    Rule { verbs, groups, resources, namespace: None }
+    Rule { verbs, groups, resources, namespace: None, name: None }
 }
 
 const CLOUDCORE_RULES: &[Rule] = &[
@@ -129,16 +149,55 @@ const CLOUDCORE_RULES: &[Rule] = &[
     rule(WRITE, &["events.k8s.io"], &["events"]),
     rule(ALL, &["coordination.k8s.io"], &["leases"]),
     rule(&["get", "update", "patch"], &[""], &["pods/status"]),
-    rule(&["delete"], &[""], &["pods"]),
+    // Mirrors of static pods are created, in the name of their node.
+    rule(&["create", "delete"], &[""], &["pods"]),
     rule(&["create"], &[""], &["namespaces"]),
+    // What KubeEdge's nodes ask for through the hub: volumes, certificates of their own servers, tokens of their pods.
+    rule(&["get", "list", "watch", "create"], CERTIFICATES, &["certificatesigningrequests"]),
+    rule(&["get", "update", "patch"], CERTIFICATES, &["certificatesigningrequests/approval"]),
+    Rule {
+        verbs: &["approve"],
+        groups: CERTIFICATES,
+        resources: &["signers"],
+        namespace: None,
+        name: Some(KUBELET_SERVING),
+    },
+    // In the name of a node, whose rights are then the bound.
+    Rule {
+        verbs: &["impersonate"],
+        groups: &[""],
+        resources: &["users"],
+        namespace: None,
+        name: Some("system:node:*"),
+    },
+    Rule {
+        verbs: &["impersonate"],
+        groups: &[""],
+        resources: &["groups"],
+        namespace: None,
+        name: Some("system:nodes"),
+    },
+    rule(READ, &["storage.k8s.io"], &["volumeattachments", "csinodes", "csidrivers"]),
+    rule(&["create"], &[""], &["serviceaccounts/token"]),
     Rule {
         verbs: ALL,
         groups: &[""],
         resources: &["secrets", "configmaps", "services", "serviceaccounts"],
         namespace: Some("kubeedge"),
+        name: None,
     },
     rule(ALL, &["*.kubeedge.io"], ALL),
-    rule(READ, &["apiextensions.k8s.io"], &["customresourcedefinitions"]),
+    rule(
+        &["get", "list", "watch", "create", "update", "patch"],
+        &["apiextensions.k8s.io"],
+        &["customresourcedefinitions"],
+    ),
+    // Of its own certificates and of its nodes' requests.
+    rule(
+        &["create"],
+        &["authentication.k8s.io", "authorization.k8s.io"],
+        &["tokenreviews", "subjectaccessreviews"],
+    ),
 ];
 
 /// The reconciler also has every verb on every namespaced resource; see [`Access::allows`].
@@ -269,6 +328,10 @@ impl Rule {
             && resource
             && any(self.verbs, &wanted.verb)
             && self.namespace.is_none_or(|namespace| namespace == wanted.namespace)
+            && self.name.is_none_or(|name| match name.strip_suffix('*') {
+                Some(prefix) => wanted.name.starts_with(prefix),
+                None => name == wanted.name,
+            })
     }
 }
 
@@ -281,7 +344,7 @@ fn open_path(path: &str) -> bool {
 /// Paths that anyone with credentials may read.
 fn readable_path(path: &str, user: &User) -> bool {
     let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();
-    matches!(first, "" | "api" | "apis" | "openapi")
+    matches!(first, "" | "api" | "apis" | "openapi" | "openid" | ".well-known")
         || user.groups.iter().any(|group| group == MASTERS)
 }
 
@@ -399,11 +462,29 @@ mod tests {
     }
 
     #[test]
-    fn cloudcore_writes_status_of_pods_but_creates_none() {
+    fn cloudcore_creates_mirror_pods_and_writes_status_but_no_spec() {
         assert!(allowed(CLOUDCORE, "patch", "", "pods/status", "site-a"));
-        assert!(!allowed(CLOUDCORE, "create", "", "pods", "site-a"));
+        assert!(allowed(CLOUDCORE, "create", "", "pods", "site-a"));
+        assert!(!allowed(CLOUDCORE, "update", "", "pods", "site-a"));
+        assert!(allowed(CLOUDCORE, "create", "", "serviceaccounts/token", "site-a"));
+        assert!(!allowed(CLOUDCORE, "create", "", "serviceaccounts", "site-a"));
         assert!(allowed(CLOUDCORE, "update", "devices.kubeedge.io", "devices/status", "site-a"));
         assert!(!allowed(CLOUDCORE, "get", "notkubeedge.io", "devices", "site-a"));
+    }
+
+    #[test]
+    fn cloudcore_approves_certificates_of_kubelets_servers_and_no_others() {
+        let approve = |signer: &str| Attributes {
+            verb: "approve".into(),
+            group: "certificates.k8s.io".into(),
+            resource: "signers".into(),
+            name: signer.into(),
+            ..Attributes::default()
+        };
+        let access = Access { namespaced: &|_, _| Some(false) };
+        let cloudcore = User::new("c", &[CLOUDCORE]);
+        assert!(access.allows(&cloudcore, &approve(KUBELET_SERVING)));
+        assert!(!access.allows(&cloudcore, &approve("kubernetes.io/kube-apiserver-client")));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //!
 //! Layers, each in its file: [`store`] and [`hub`] know revisions and bytes; [`api`] and [`handlers`] the meaning of
 //! requests (with `skerry-apiserver-core`, which has no I/O); [`auth`] who may do what; [`server`] and [`pki`] sockets
-//! and certificates; [`upkeep`] what has to happen without a request; [`controllers`] pods, nodes and workloads.
+//! and certificates; [`upkeep`] and [`signer`] what has to happen without a request; [`controllers`] pods, nodes and workloads.
 
 mod api;
 pub mod auth;
@@ -19,6 +19,8 @@ mod nodes;
 mod pki;
 mod route;
 mod server;
+mod service_tokens;
+mod signer;
 mod store;
 mod upkeep;
 
@@ -31,6 +33,7 @@ use auth::{Tokens, User};
 use hub::Hub;
 use pki::Pki;
 use serde_json::json;
+use service_tokens::ServiceTokens;
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -107,7 +110,7 @@ impl StartError {
 /// A running server; dropping it stops it, [`ApiServer::shutdown`] also waits.
 pub struct ApiServer {
     api: Arc<Api>,
-    pki: Pki,
+    pki: Arc<Pki>,
     addr: SocketAddr,
     hostnames: Vec<String>,
     stop: CancellationToken,
@@ -129,9 +132,11 @@ impl ApiServer {
         let (dir, durability) = (config.dir.clone(), config.durability);
         let opened = tokio::task::spawn_blocking(move || {
             let store = Store::open(&dir, durability, Arc::new(Hub::new()))?;
-            Ok::<_, StartError>((store, Pki::open(&pki_dir, &names)?, Tokens::open(&pki_dir)?))
+            let pki = Pki::open(&pki_dir, &names)?;
+            let tokens = (Tokens::open(&pki_dir)?, ServiceTokens::open(&pki_dir)?);
+            Ok::<_, StartError>((store, Arc::new(pki), tokens))
         });
-        let (store, pki, tokens) =
+        let (store, pki, (tokens, service_tokens)) =
             opened.await.map_err(|error| StartError::Bootstrap { detail: error.to_string() })??;
 
         let listen = |source| StartError::Listen { address: config.listen, source };
@@ -140,7 +145,8 @@ impl ApiServer {
         let tls = TlsAcceptor::from(Arc::new(pki.server_config()?));
 
         let stop = CancellationToken::new();
-        let api = Arc::new(Api::new(store, tokens, config.node_streams, stop.clone()));
+        let api =
+            Arc::new(Api::new(store, tokens, service_tokens, config.node_streams, stop.clone()));
         let bootstrap = |detail: String| StartError::Bootstrap { detail };
         api.reload_catalog().await.map_err(|error| bootstrap(error.to_string()))?;
         // Establishes where the marks of compaction begin.
@@ -149,6 +155,7 @@ impl ApiServer {
 
         let tasks = TaskTracker::new();
         tasks.spawn(upkeep::run(api.clone(), pki.authority_pem().to_owned(), stop.clone()));
+        tasks.spawn(signer::run(api.clone(), pki.clone(), stop.clone()));
         tasks.spawn(server::listen(listener, tls, api.clone(), stop.clone()));
         let server = Self { api, pki, addr, hostnames: config.hostnames, stop, tasks };
         if config.controllers {

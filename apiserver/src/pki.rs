@@ -6,11 +6,11 @@
 //! it has to carry have changed; the authority never is, because every kubeconfig out there pins it.
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
 };
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use std::collections::BTreeSet;
@@ -108,6 +108,42 @@ impl Pki {
     /// A client certificate for `user` in `groups`.
     pub(crate) fn client(&self, user: &str, groups: &[&str]) -> Result<Identity, PkiError> {
         issue(&self.issuer, user, groups, &BTreeSet::new(), false)
+    }
+
+    /// A certificate for somebody else's key, as PEM. `usages` are those of a CertificateSigningRequest; `life_s` is
+    /// cut to the life of every certificate here.
+    pub(crate) fn sign(
+        &self,
+        request: &CertificateSigningRequestDer<'_>,
+        usages: &[&str],
+        life_s: Option<i64>,
+    ) -> Result<String, PkiError> {
+        let make = |source| PkiError::Make { name: "signing request".into(), source };
+        let mut request = CertificateSigningRequestParams::from_der(request).map_err(make)?;
+        let params = &mut request.params;
+        let has = |usage: &str| usages.contains(&usage);
+        params.is_ca = IsCa::NoCa;
+        params.use_authority_key_identifier_extension = true;
+        params.key_usages = [
+            ("digital signature", KeyUsagePurpose::DigitalSignature),
+            ("key encipherment", KeyUsagePurpose::KeyEncipherment),
+        ]
+        .into_iter()
+        .filter_map(|(name, usage)| has(name).then_some(usage))
+        .collect();
+        params.extended_key_usages = [
+            ("server auth", ExtendedKeyUsagePurpose::ServerAuth),
+            ("client auth", ExtendedKeyUsagePurpose::ClientAuth),
+        ]
+        .into_iter()
+        .filter_map(|(name, usage)| has(name).then_some(usage))
+        .collect();
+        let longest = time::Duration::days(LEAF_DAYS);
+        let life = life_s.map_or(longest, |life_s| time::Duration::seconds(life_s).min(longest));
+        let now = OffsetDateTime::now_utc();
+        params.not_before = now - time::Duration::hours(BACKDATE_HOURS);
+        params.not_after = now + life;
+        Ok(request.signed_by(&self.issuer).map_err(make)?.pem())
     }
 
     /// TLS settings of the server: client certificates of our authority are accepted, not demanded.

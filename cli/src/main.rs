@@ -7,8 +7,12 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+mod ca;
 mod cluster;
+mod edge;
 mod fault;
+mod link;
+mod node;
 mod out;
 mod render;
 mod seed;
@@ -60,9 +64,20 @@ enum Verb {
     Render(render::RenderArgs),
     /// Show what a fleet folder would change in the cluster; exit code 1 when it would
     Diff(render::DiffArgs),
+    /// Show every node's link to the hub: transport, round trip, window, backlog, bytes, certificate
+    Link(link::Args),
     /// Join tokens of edge nodes
     #[command(subcommand)]
     Token(token::Verb),
+    /// Certificates of edge nodes: revoke, deny, allow
+    #[command(subcommand)]
+    Node(node::Verb),
+    /// The certificate authority of the nodes, and its replacement
+    #[command(subcommand)]
+    Ca(ca::Verb),
+    /// Take this machine over from KubeEdge's EdgeCore, or give it back
+    #[command(subcommand)]
+    Edge(edge::Verb),
     /// Run the reconciler alone, against the cluster of the kubeconfig
     Reconciler(services::ReconcilerArgs),
     /// Run CloudCore alone, against the cluster of the kubeconfig
@@ -107,7 +122,11 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Verb::Status(args) => status::run(args, kubeconfig, output).await,
         Verb::Render(args) => render::render(args, output),
         Verb::Diff(args) => render::diff(args, kubeconfig, output).await,
+        Verb::Link(args) => link::run(args, output).await,
         Verb::Token(verb) => token::run(verb, kubeconfig, output).await,
+        Verb::Node(verb) => node::run(verb, kubeconfig, output).await,
+        Verb::Ca(verb) => ca::run(verb, kubeconfig, output).await,
+        Verb::Edge(verb) => edge::run(verb, output).await,
         Verb::Reconciler(args) => services::reconciler(args, kubeconfig).await,
         Verb::CloudCore(args) => services::cloudcore(args, kubeconfig).await,
         Verb::Version => version::run(output),

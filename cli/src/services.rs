@@ -25,18 +25,53 @@ pub(crate) struct ReconcilerArgs {
 
 #[derive(clap::Args)]
 pub(crate) struct CloudCoreArgs {
-    /// Where the hub listens
+    /// Where the hub listens (WebSocket over TCP)
     #[arg(long, default_value = "0.0.0.0:10000")]
     hub_listen: SocketAddr,
+    /// Where the hub listens for QUIC of our own nodes (UDP; KubeEdge's QUIC is another protocol and not offered), or
+    /// `off`
+    #[arg(long, default_value = "0.0.0.0:10001")]
+    quic_listen: Listen,
     /// Where nodes enrol
     #[arg(long, default_value = "0.0.0.0:10002")]
     enrol_listen: SocketAddr,
     /// Where the nodes' log tunnels arrive
     #[arg(long, default_value = "0.0.0.0:10004")]
     tunnel_listen: SocketAddr,
+    /// Where links (/links) and counters (/metrics) are served, without authentication, or `off`
+    #[arg(long, default_value = "127.0.0.1:9091")]
+    monitor_listen: Listen,
+    /// How many nodes may connect a second before more are told to come back later; twice as many at once
+    #[arg(long, default_value_t = skerry_cloudcore::ADMISSION_RATE.per_s, value_parser = clap::value_parser!(u32).range(1..))]
+    connections_per_second: u32,
     /// Name or address under which nodes reach this program; may be repeated
     #[arg(long, required = true)]
     advertise: Vec<String>,
+    /// Write KubeEdge's shared join token to Secret `kubeedge/tokensecret` and accept it: whoever has it may join as
+    /// any node
+    #[arg(long)]
+    kubeedge_shared_token: bool,
+}
+
+/// An address, or `off`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Listen(pub(crate) Option<SocketAddr>);
+
+impl std::str::FromStr for Listen {
+    type Err = std::net::AddrParseError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "off" { Ok(Self(None)) } else { text.parse().map(|address| Self(Some(address))) }
+    }
+}
+
+impl std::fmt::Display for Listen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Some(address) => write!(f, "{address}"),
+            None => f.write_str("off"),
+        }
+    }
 }
 
 /// Keeps a cluster as a repository says, until Ctrl-C.
@@ -77,17 +112,28 @@ pub(crate) async fn cloudcore(
     let client = cluster::connect(kubeconfig).await?;
     let config = skerry_cloudcore::Config {
         hub: args.hub_listen,
+        quic: args.quic_listen.0,
+        monitor: args.monitor_listen.0,
+        admission: skerry_cloudcore::Rate {
+            per_s: args.connections_per_second,
+            burst: args.connections_per_second.saturating_mul(2),
+        },
         enrol: args.enrol_listen,
         tunnel: args.tunnel_listen,
         advertise: args.advertise,
         dir: None,
+        node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
+        shared_token: args.kubeedge_shared_token,
+        impersonate: false,
     };
     let cloud = CloudCore::start(client, config).await?;
     eprintln!(
-        "skerry: cloudcore listens on {} (hub), {} (enrolment), {} (tunnels)",
+        "skerry: cloudcore listens on {} (hub), {} (QUIC), {} (enrolment), {} (tunnels), {} (monitor)",
         cloud.hub_addr(),
+        Listen(cloud.quic_addr()),
         cloud.enrol_addr(),
-        cloud.tunnel_addr()
+        cloud.tunnel_addr(),
+        Listen(cloud.monitor_addr()),
     );
     stop_asked().await?;
     cloud.shutdown().await;

@@ -34,6 +34,8 @@ pub(crate) struct Endpoints {
     pub(crate) hub: SocketAddr,
     pub(crate) enrol: SocketAddr,
     pub(crate) tunnel: SocketAddr,
+    /// `None` when there is no QUIC on the way.
+    pub(crate) quic: Option<SocketAddr>,
 }
 
 /// A node that runs.
@@ -96,6 +98,7 @@ impl Node {
             "hub": format!("wss://{}", endpoints.hub),
             "enrol": format!("https://{}", endpoints.enrol),
             "tunnel": format!("wss://{}", endpoints.tunnel),
+            "quic": endpoints.quic.map_or("off".into(), |quic| format!("quic://{quic}")),
             "tokenFile": token_file,
             "dir": self.dir.join("edge"),
             "runtimeSocket": self.containerd.socket(),

@@ -4,13 +4,14 @@
 //! own below one folder. Everything that is started here is stopped here, also when a later step fails.
 
 use crate::fault::hinted;
+use crate::services::Listen;
 use crate::site::{self, Endpoints, Node};
 use crate::{Output, out, seed};
 use anyhow::{Context, Result};
 use serde_json::json;
 use skerry_apiserver::{ApiServer, Durability, NodeStream, NodeStreamError, NodeStreams};
 use skerry_cloudcore::{CloudCore, StreamError};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
@@ -50,15 +51,26 @@ pub(crate) struct Args {
     /// Where the hub listens
     #[arg(long, default_value = "127.0.0.1:10000")]
     hub_listen: SocketAddr,
+    /// Where the hub listens for QUIC of the nodes (UDP), or `off`
+    #[arg(long, default_value = "127.0.0.1:10001")]
+    quic_listen: Listen,
     /// Where nodes enrol
     #[arg(long, default_value = "127.0.0.1:10002")]
     enrol_listen: SocketAddr,
     /// Where the nodes' log tunnels arrive
     #[arg(long, default_value = "127.0.0.1:10004")]
     tunnel_listen: SocketAddr,
-    /// What the nodes dial instead of the three addresses above: HUB,ENROL,TUNNEL
+    /// Where links (/links) and counters (/metrics) are served, without authentication, or `off`
+    #[arg(long, default_value = "127.0.0.1:9091")]
+    monitor_listen: Listen,
+    /// What the nodes dial instead of the addresses above: HUB,ENROL,TUNNEL or HUB,ENROL,TUNNEL,QUIC; without QUIC they
+    /// use the hub's WebSocket only
     #[arg(long, value_delimiter = ',')]
     node_endpoints: Option<Vec<SocketAddr>>,
+    /// Write KubeEdge's shared join token to Secret `kubeedge/tokensecret` and accept it: whoever has it may join as
+    /// any node
+    #[arg(long)]
+    kubeedge_shared_token: bool,
 }
 
 /// Starts everything, says so, waits for Ctrl-C, stops everything.
@@ -155,10 +167,16 @@ impl Stack {
             api.client("system:cloudcore", &["skerry:cloudcore"]),
             skerry_cloudcore::Config {
                 hub: free(args.hub_listen),
+                quic: args.quic_listen.0.map(free_udp),
+                monitor: args.monitor_listen.0.map(free),
+                admission: skerry_cloudcore::ADMISSION_RATE,
                 enrol: free(args.enrol_listen),
                 tunnel: free(args.tunnel_listen),
                 advertise: vec!["localhost".into(), "127.0.0.1".into()],
                 dir: None,
+                node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
+                shared_token: args.kubeedge_shared_token,
+                impersonate: false,
             },
         )
         .await?;
@@ -197,15 +215,17 @@ impl Stack {
     ) -> Result<()> {
         let Some(edgecore) = edgecore else { return Ok(()) };
         let endpoints = match args.node_endpoints.as_deref() {
-            Some(&[hub, enrol, tunnel]) => Endpoints { hub, enrol, tunnel },
+            Some(&[hub, enrol, tunnel]) => Endpoints { hub, enrol, tunnel, quic: None },
+            Some(&[hub, enrol, tunnel, quic]) => Endpoints { hub, enrol, tunnel, quic: Some(quic) },
             Some(_) => {
                 let hint = "for example 127.0.0.1:1,127.0.0.1:2,127.0.0.1:3";
-                return Err(hinted("--node-endpoints takes three addresses", hint));
+                return Err(hinted("--node-endpoints takes three or four addresses", hint));
             }
             None => Endpoints {
                 hub: self.cloud.hub_addr(),
                 enrol: self.cloud.enrol_addr(),
                 tunnel: self.cloud.tunnel_addr(),
+                quic: self.cloud.quic_addr(),
             },
         };
         // With a relay between, enrolment may need the hub's addresses before everything is up.
@@ -235,6 +255,8 @@ impl Stack {
             "hub": self.cloud.hub_addr().to_string(),
             "enrol": self.cloud.enrol_addr().to_string(),
             "tunnel": self.cloud.tunnel_addr().to_string(),
+            "quic": self.cloud.quic_addr().map(|address| address.to_string()),
+            "monitor": self.cloud.monitor_addr().map(|address| format!("http://{address}")),
         })
     }
 
@@ -324,6 +346,9 @@ fn guide(facts: &serde_json::Value, took: Duration) -> String {
     lines.push("  push     change a file, git commit -a, git push".to_owned());
     lines.push(format!("  look     {skerry} --kubeconfig {kubeconfig} status"));
     lines.push(format!("           kubectl --kubeconfig {kubeconfig} get pods -A"));
+    if facts["monitor"].is_string() {
+        lines.push(format!("           {skerry} link --monitor {}", text("/monitor")));
+    }
     for node in facts["nodes"].as_array().into_iter().flatten() {
         let text = |key: &str| node[key].as_str().unwrap_or("-");
         lines.push(format!("  node     {}, its log is {}", text("name"), text("log")));
@@ -371,7 +396,16 @@ fn check_nodes(args: &Args) -> Result<Option<PathBuf>> {
 
 /// The address itself, or a free port of the same host when somebody listens there already.
 fn free(wanted: SocketAddr) -> SocketAddr {
-    if TcpListener::bind(wanted).is_ok() {
+    free_if(wanted, TcpListener::bind(wanted).is_ok())
+}
+
+/// The same for UDP.
+fn free_udp(wanted: SocketAddr) -> SocketAddr {
+    free_if(wanted, UdpSocket::bind(wanted).is_ok())
+}
+
+fn free_if(wanted: SocketAddr, is_free: bool) -> SocketAddr {
+    if is_free {
         return wanted;
     }
     eprintln!("skerry: {wanted} is in use; taking a free port instead");

@@ -4,18 +4,8 @@ use kube::api::{Api, ApiResource, DynamicObject};
 use serde_json::Value;
 use skerry_cloudcore_core::downstream::Kind;
 
-/// Objects of `v1`, untyped, so that no field is lost on the way through.
-pub(crate) fn resource(kind: &str, plural: &str) -> ApiResource {
-    ApiResource {
-        group: String::new(),
-        version: "v1".into(),
-        api_version: "v1".into(),
-        kind: kind.into(),
-        plural: plural.into(),
-    }
-}
-
-/// The objects of a kind that goes down, in one namespace; `null` for a kind without.
+/// The objects of a kind that goes down, in one namespace; `null` for a kind without. Untyped, so that no field is
+/// lost on the way through.
 pub(crate) fn objects(client: &kube::Client, kind: Kind, namespace: &str) -> Api<DynamicObject> {
     let resource = resource_of(kind);
     match kind {
@@ -35,8 +25,20 @@ fn resource_of(kind: Kind) -> ApiResource {
         Kind::ConfigMap => "configmaps",
         Kind::Secret => "secrets",
         Kind::Pod => "pods",
+        Kind::DeviceModel => "devicemodels",
+        Kind::Device => "devices",
+        Kind::ServiceAccountAccess => "serviceaccountaccesses",
+        Kind::Watched => unreachable!("nothing asks the API for what applications watch"),
     };
-    resource(kind.api_kind(), plural)
+    let api_version = kind.api_version();
+    let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+    ApiResource {
+        group: group.into(),
+        version: version.into(),
+        api_version: api_version.into(),
+        kind: kind.api_kind().into(),
+        plural: plural.into(),
+    }
 }
 
 /// An object as JSON, without `managedFields`.
@@ -55,4 +57,9 @@ pub(crate) fn is_already_exists(error: &kube::Error) -> bool {
 
 pub(crate) fn is_conflict(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.reason == "Conflict")
+}
+
+/// Whether the API knows no such kind, or does not show it to us.
+pub(crate) fn is_kind_missing(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 404 || status.code == 403)
 }

@@ -1,19 +1,29 @@
 //! Accepts TLS connections and gives each to a handler, in a task of its own.
+//!
+//! Handshakes cost a signature each, so only so many run at a time; the others wait in the system's queue, where they
+//! cost this process nothing.
 
+use crate::monitor::Counters;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// A peer that has not finished its handshake by then is dropped.
+/// A peer that has not finished its handshakes by then is dropped.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Open connections per listener; more wait in the system's backlog.
-const CONNECTIONS_MAX: usize = 20_000;
+pub(crate) const CONNECTIONS_MAX: usize = 20_000;
+/// The same while more than half of [`HANDSHAKES_MAX`] are at it, so that those who never finish do not keep others out.
+const HANDSHAKE_TIMEOUT_BUSY: Duration = Duration::from_secs(3);
+/// Connections per listener whose handshakes are not done. Each costs up to 30 KiB for its time.
+const HANDSHAKES_MAX: usize = 1024;
+/// How many connections the system keeps for us to accept, as far as it lets us.
+const BACKLOG: u32 = 4096;
 /// Pause after a failed accept, which is mostly a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -22,26 +32,62 @@ pub(crate) struct Listener {
     pub(crate) name: &'static str,
     pub(crate) socket: TcpListener,
     pub(crate) tls: Arc<rustls::ServerConfig>,
+    pub(crate) counters: Arc<Counters>,
 }
 
-/// Accepts until `stop`.
+/// The right to be open, and, until [`Self::opened`], the right to be in the opening handshake.
+pub(crate) struct Place {
+    handshake: Option<OwnedSemaphorePermit>,
+    _open: OwnedSemaphorePermit,
+}
+
+impl Place {
+    /// Of a connection whose handshakes are counted elsewhere.
+    pub(crate) fn of(open: OwnedSemaphorePermit) -> Self {
+        Self { handshake: None, _open: open }
+    }
+
+    /// The opening handshake is over, so that another connection may begin with its own.
+    pub(crate) fn opened(&mut self) {
+        self.handshake = None;
+    }
+}
+
+/// Opens a listener whose queue is long enough for a fleet that comes back at once.
+pub(crate) fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => tokio::net::TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => tokio::net::TcpSocket::new_v6()?,
+    };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+/// Accepts until `stop`. `handle` gets the connection after the TLS handshake.
 pub(crate) async fn accept<F, H>(
     listener: Listener,
     tasks: TaskTracker,
     stop: CancellationToken,
     handle: F,
 ) where
-    F: Fn(TlsStream<TcpStream>, SocketAddr) -> H + Send + Sync + 'static,
+    F: Fn(TlsStream<TcpStream>, SocketAddr, Place) -> H + Send + Sync + 'static,
     H: Future<Output = ()> + Send + 'static,
 {
-    let Listener { name, socket, tls } = listener;
+    let Listener { name, socket, tls, counters } = listener;
     let tls = TlsAcceptor::from(tls);
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let open = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     let handle = Arc::new(handle);
     loop {
-        let slot = tokio::select! {
+        let permit = async {
+            let open = Arc::clone(&open).acquire_owned().await.expect("never closed");
+            let handshake = Arc::clone(&handshakes).acquire_owned().await.expect("never closed");
+            Place { handshake: Some(handshake), _open: open }
+        };
+        let place = tokio::select! {
             () = stop.cancelled() => return,
-            slot = Arc::clone(&slots).acquire_owned() => slot.expect("never closed"),
+            place = permit => place,
         };
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
@@ -56,21 +102,28 @@ pub(crate) async fn accept<F, H>(
             }
         };
         let (tls, handle, stop) = (tls.clone(), Arc::clone(&handle), stop.clone());
+        let counters = Arc::clone(&counters);
+        let is_busy = handshakes.available_permits() < HANDSHAKES_MAX / 2;
+        let patience = if is_busy { HANDSHAKE_TIMEOUT_BUSY } else { HANDSHAKE_TIMEOUT };
         tasks.spawn(async move {
-            let _slot = slot;
             // Messages are small and somebody waits for each.
             let _ = stream.set_nodelay(true);
-            let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, tls.accept(stream));
+            // On the heap, so that the long life of the connection does not keep room for it.
+            let handshake = Box::pin(tokio::time::timeout(patience, tls.accept(stream)));
             let handshake = tokio::select! {
                 () = stop.cancelled() => return,
                 handshake = handshake => handshake,
             };
             match handshake {
-                Ok(Ok(stream)) => handle(stream, peer).await,
+                Ok(Ok(stream)) => handle(stream, peer, place).await,
                 Ok(Err(error)) => {
+                    counters.handshakes_failed.add(1);
                     tracing::info!(listener = name, %peer, %error, "TLS handshake failed");
                 }
-                Err(_) => tracing::info!(listener = name, %peer, "TLS handshake took too long"),
+                Err(_) => {
+                    counters.handshakes_failed.add(1);
+                    tracing::info!(listener = name, %peer, "TLS handshake took too long");
+                }
             }
         });
     }

@@ -1,51 +1,78 @@
-//! One node's connection: the opening handshake, and the task that owns it until it ends.
+//! One node's connection, from the moment that it is admitted until it ends: one task that owns the transport, the
+//! queue of messages and the node's quotas.
 //!
-//! A connection that is refused gets an HTTP status and a text; KubeEdge leaves such a connection open and silent.
-//! Beside the owner run a reader, which turns WebSocket messages into messages, and a worker, which answers requests
-//! one after the other, so that two patches of one node cannot overtake each other.
+//! The task polls everything that can happen to the session, in this order: what ends it, what the hub has, the answer
+//! to the request at work, room to write, what the node sent, time. Requests are answered one after the other, so that
+//! two patches of one node cannot overtake each other; the future that answers exists only while there is a request.
+//! An idle session so has one task, no channel with room to speak of and no buffer.
+//!
+//! # Bounds
+//!
+//! A node that sends faster than its quota is read more slowly. A node whose requests are not answered yet is not read
+//! at all, beyond [`REQUESTS_MAX`] of them or [`REQUEST_BYTES_MAX`]. What is no message is charged to a small quota of
+//! its own, and a node that uses that up is cut off and told so. A node that does not read, or asks for more and more
+//! without acknowledging the answers, is cut off after [`WRITE_TIMEOUT`] without progress; until then it costs what [`skerry_protocol::delivery`] and
+//! [`crate::transport::OUT_HIGH`] allow.
 //!
 //! Source: kubeedge/kubeedge, cloud/pkg/cloudhub/handler and cloud/pkg/cloudhub/session.
 
-use crate::hub::{Hub, sleep_until};
-use crate::listen::HANDSHAKE_TIMEOUT;
-use crate::tls;
+mod quota;
+
+use crate::gate::Gate;
+use crate::hub::Hub;
+use crate::leases::Leases;
+use crate::listen::Place;
+use crate::monitor::{Counters, LinkState, Links, Listed, Numbers};
+use crate::renewal::Renewals;
+use crate::tls::Peer;
+use crate::transport::{Farewell, Kind, OUT_HIGH, Received, Transport, TransportError};
 use crate::upstream::Upstream;
-use futures::stream::{SplitSink, SplitStream};
-use futures::{SinkExt, StreamExt};
-use http::{HeaderMap, HeaderValue, StatusCode};
+use quota::Quota;
 use skerry_cloudcore_core::downstream::{Input, SessionId};
-use skerry_protocol::capability::{self, Capabilities};
-use skerry_protocol::delivery::{Delivery, Event, WAITING_MAX};
-use skerry_protocol::message::MESSAGE_LEN_MAX;
-use skerry_protocol::{Message, MessageError, Operation, digest};
+use skerry_cloudcore_core::identity::Standing;
+use skerry_protocol::capability::Capabilities;
+use skerry_protocol::delivery::{Delivery, Event, Settings};
+use skerry_protocol::message::UPSTREAM_LEN_MAX;
+use skerry_protocol::{Class, Message, Operation, batch, certificate, digest};
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
-use tokio::sync::mpsc;
-use tokio_rustls::server::TlsStream;
-use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::error::CapacityError;
-use tokio_tungstenite::tungstenite::handshake::server::{ErrorResponse, Request, Response};
-use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
-use tokio_tungstenite::tungstenite::protocol::{CloseFrame, WebSocketConfig};
-use tokio_tungstenite::tungstenite::{Error as WsError, Message as WsMessage};
+use tokio::sync::{mpsc, watch};
+use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// A connection without a keepalive for this long is dead; other traffic does not count. KubeEdge's
+/// A connection of a KubeEdge edge without a keepalive for this long is dead; other traffic does not count. KubeEdge's
 /// `cloudHub.keepaliveInterval`; nodes send one every 15 s.
 pub(crate) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(30);
-/// One message has to be on its way by then.
+/// A node that takes no byte for this long, while something waits for it, is cut off.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(15);
-/// Messages read and not yet looked at; the reader waits when it is full.
-const INCOMING_MAX: usize = 64;
-/// Requests of one node not yet answered; more are refused with an error message.
+/// Commands of the hub that the session has not taken; with more, the hub ends the session.
+const COMMANDS_MAX: usize = 1024;
+/// Commands taken at once, so that they can leave in one frame.
+const COMMANDS_AT_ONCE: usize = 256;
+/// Requests of one node not yet answered; the node is not read while there are as many.
 const REQUESTS_MAX: usize = 256;
-/// How long, and how much, is still read from a peer that is told to go, so that it sees why.
-const FAREWELL_TIMEOUT: Duration = Duration::from_secs(2);
-const FAREWELL_LEN_MAX: u64 = 64 * 1024 * 1024;
+/// Their bytes, likewise. One request may be as long as [`UPSTREAM_LEN_MAX`].
+const REQUEST_BYTES_MAX: usize = 512 * 1024;
+/// With this much waiting for the node, its next request waits as well: its answer would only make it more.
+const ANSWER_BACKLOG_MAX: usize = 1024 * 1024;
+/// Bytes of messages in one batch, before compression, from which it is sent.
+const BATCH_LEN: usize = skerry_protocol::batch::BATCH_LEN;
+/// Messages with less than this together go one by one: compressing them costs more than they do.
+const BATCH_LEN_MIN: usize = 1024;
+/// Messages in one batch; the reader takes [`batch::MESSAGES_MAX`].
+const BATCH_MESSAGES: usize = 512;
+/// The lease of a node needs no more signs of life than one in this time.
+const LEASE_BEAT_MIN: Duration = Duration::from_secs(1);
+/// A session that may only renew its certificate has to be done by then.
+const RENEWAL_TIME: Duration = Duration::from_secs(60);
+/// And goes away this long after its new certificate.
+const RENEWED_TIME: Duration = Duration::from_secs(5);
 
 /// What the hub tells a session.
 pub(crate) enum Command {
@@ -55,157 +82,28 @@ pub(crate) enum Command {
     Close(&'static str),
 }
 
-type Socket = WebSocketStream<TlsStream<TcpStream>>;
-
-/// The settings of every WebSocket: bounded messages, small buffers, as a hub has many of them.
-pub(crate) fn websocket_config() -> WebSocketConfig {
-    WebSocketConfig::default()
-        .read_buffer_size(8 * 1024)
-        .write_buffer_size(0)
-        .max_write_buffer_size(2 * MESSAGE_LEN_MAX)
-        .max_message_size(Some(MESSAGE_LEN_MAX))
-        .max_frame_size(Some(MESSAGE_LEN_MAX))
+/// What all sessions share.
+pub(crate) struct Shared {
+    pub(crate) hub: Hub,
+    pub(crate) upstream: Arc<Upstream>,
+    pub(crate) leases: Leases,
+    pub(crate) gate: Gate,
+    pub(crate) renewals: Renewals,
+    /// Wakes when a certificate may not count any more, and when the set of CAs changes.
+    pub(crate) identity_changes: watch::Receiver<u64>,
+    pub(crate) links: Links,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) stop: CancellationToken,
 }
 
-/// Makes sessions of accepted connections.
-#[derive(Clone)]
-pub(crate) struct Acceptor {
-    hub: Hub,
-    upstream: Arc<Upstream>,
-    tasks: TaskTracker,
-    stop: CancellationToken,
-}
-
-impl Acceptor {
-    pub(crate) fn new(
-        hub: Hub,
-        upstream: Arc<Upstream>,
-        tasks: TaskTracker,
-        stop: CancellationToken,
-    ) -> Self {
-        Self { hub, upstream, tasks, stop }
-    }
-
-    pub(crate) async fn serve(self, stream: TlsStream<TcpStream>, peer: SocketAddr) {
-        let certificate_node = tls::peer_node(stream.get_ref().1);
-        let mut greeting = None;
-        let handshake = tokio_tungstenite::accept_hdr_async_with_config(
-            stream,
-            |request: &Request, mut response: Response| match Greeting::read(
-                request.headers(),
-                certificate_node.as_deref(),
-            ) {
-                Ok(read) => {
-                    if read.capabilities != Capabilities::default() {
-                        let ours = Capabilities::OURS.to_string();
-                        let value = HeaderValue::from_str(&ours).expect("names are ASCII");
-                        response.headers_mut().insert(capability::HEADER, value);
-                    }
-                    greeting = Some(read);
-                    Ok(response)
-                }
-                Err(refusal) => Err(refused(&refusal)),
-            },
-            Some(websocket_config()),
-        );
-        let socket = match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await {
-            Ok(Ok(socket)) => socket,
-            Ok(Err(error)) => {
-                tracing::warn!(%peer, certificate = certificate_node, %error, "connection refused");
-                return;
-            }
-            Err(_) => {
-                tracing::info!(%peer, "opening handshake took too long");
-                return;
-            }
-        };
-        let Greeting { node, capabilities } = greeting.expect("set before the answer was sent");
-        let (commands, received) = mpsc::channel(WAITING_MAX);
-        let Some(id) = self.hub.connected(&node, capabilities, commands).await else { return };
-        tracing::info!(node, session = id, %peer, digest = capabilities.digest, "node connected");
-
-        let (sink, stream) = socket.split();
-        let (incoming, read) = mpsc::channel(INCOMING_MAX);
-        let reader = tokio::spawn(read_all(stream, incoming));
-        let (requests, worker_requests) = mpsc::channel(REQUESTS_MAX);
-        let (answers, worker_answers) = mpsc::channel(REQUESTS_MAX);
-        self.tasks.spawn(work(
-            Arc::clone(&self.upstream),
-            node.clone(),
-            worker_requests,
-            answers,
-            self.stop.clone(),
-        ));
-        let mut session = Session {
-            node: node.clone(),
-            id,
-            hub: self.hub.clone(),
-            sink,
-            delivery: Delivery::default(),
-            requests,
-            keepalive_until: Instant::now() + KEEPALIVE_TIMEOUT,
-            too_fast: false,
-            garbled: false,
-        };
-        let end = session.run(received, read, worker_answers, &self.stop).await;
-        self.hub.input(Input::Disconnected { node: node.clone(), session: id }).await;
-        tracing::info!(node, session = id, reason = %end, "node disconnected");
-        session.say_farewell(end, reader).await;
-    }
-}
-
-/// What the opening handshake tells.
-#[derive(Debug)]
-struct Greeting {
-    node: String,
-    capabilities: Capabilities,
-}
-
-/// Why an opening handshake is refused.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-enum Refusal {
-    #[error("header `node_id` is missing")]
-    NoNode,
-    #[error("the client certificate names no node")]
-    NoIdentity,
-    #[error("the client certificate is for node `{certificate}`, not for node `{node}`")]
-    ForeignNode { certificate: String, node: String },
-    #[error("header `ConnectionUse` is `{found}` instead of `msg`")]
-    Use { found: String },
-}
-
-impl Greeting {
-    /// Header names are compared without case; of a repeated header the first counts, as a KubeEdge edge adds
-    /// `ConnectionUse` again for each attempt.
-    fn read(headers: &HeaderMap, certificate_node: Option<&str>) -> Result<Self, Refusal> {
-        let value = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-        let node = value("node_id").filter(|node| !node.is_empty()).ok_or(Refusal::NoNode)?;
-        match certificate_node {
-            None => return Err(Refusal::NoIdentity),
-            Some(certificate) if certificate != node => {
-                return Err(Refusal::ForeignNode {
-                    certificate: certificate.into(),
-                    node: node.into(),
-                });
-            }
-            Some(_) => {}
-        }
-        match value("ConnectionUse") {
-            Some("msg") => {}
-            found => return Err(Refusal::Use { found: found.unwrap_or_default().into() }),
-        }
-        let capabilities = Capabilities::parse(value(capability::HEADER)).and(Capabilities::OURS);
-        Ok(Self { node: node.into(), capabilities })
-    }
-}
-
-fn refused(refusal: &Refusal) -> ErrorResponse {
-    let mut response = ErrorResponse::new(Some(refusal.to_string()));
-    *response.status_mut() = match refusal {
-        Refusal::NoIdentity | Refusal::ForeignNode { .. } => StatusCode::FORBIDDEN,
-        Refusal::NoNode | Refusal::Use { .. } => StatusCode::BAD_REQUEST,
-    };
-    response
+/// A connection whose node is known and admitted.
+pub(crate) struct Opened {
+    pub(crate) transport: Transport,
+    pub(crate) identity: Peer,
+    pub(crate) standing: Standing,
+    pub(crate) capabilities: Capabilities,
+    pub(crate) address: SocketAddr,
+    pub(crate) place: Option<Place>,
 }
 
 /// Why a session ended.
@@ -213,319 +111,772 @@ fn refused(refusal: &Refusal) -> ErrorResponse {
 enum End {
     #[error("the node closed the connection")]
     Closed,
-    #[error("the connection broke: {0}")]
-    Broken(WsError),
     #[error("{0}")]
-    TooLong(MessageError),
-    #[error("message is over the bound of {MESSAGE_LEN_MAX} bytes")]
-    OverBound,
+    Transport(#[from] TransportError),
     #[error("{0}")]
     Hub(&'static str),
+    #[error("{0}")]
+    Refused(String),
+    #[error("the certificate expired; renew it and connect again")]
+    Expired,
+    #[error("the time for a renewal is over")]
+    RenewalOver,
     #[error("the node does not take its messages")]
     Slow,
     #[error("no keepalive for {} s", KEEPALIVE_TIMEOUT.as_secs())]
-    Silent,
+    NoKeepalive,
+    #[error("no byte for {} s", .0.as_secs())]
+    Silent(Duration),
+    #[error("too much of what the node sends is no message: {0}")]
+    Junk(String),
     #[error("cloudcore is stopping")]
     Stopping,
 }
 
 impl End {
-    fn close_code(&self) -> Option<CloseCode> {
+    fn farewell(&self) -> Option<Farewell> {
+        let (code, talks) = match self {
+            Self::Closed | Self::Transport(TransportError::Broken(_)) => return None,
+            Self::Transport(TransportError::OverBound) => (1009, true),
+            Self::Transport(TransportError::Malformed(_)) => (1002, true),
+            Self::Junk(_) => (1008, true),
+            Self::Hub(_)
+            | Self::Refused(_)
+            | Self::Expired
+            | Self::RenewalOver
+            | Self::Slow
+            | Self::NoKeepalive
+            | Self::Silent(_) => (1008, false),
+            Self::Stopping => (1001, false),
+        };
+        Some(Farewell { code, reason: self.to_string(), talks })
+    }
+
+    fn count(&self, counters: &Counters) {
         match self {
-            Self::Closed | Self::Broken(_) => None,
-            Self::TooLong(_) | Self::OverBound => Some(CloseCode::Size),
-            Self::Hub(_) | Self::Slow | Self::Silent => Some(CloseCode::Policy),
-            Self::Stopping => Some(CloseCode::Away),
+            Self::Junk(_) | Self::Transport(TransportError::Malformed(_)) => {
+                counters.cut_for_junk.add(1);
+            }
+            Self::Transport(TransportError::OverBound) => counters.over_bound.add(1),
+            Self::Slow => counters.slow_readers.add(1),
+            Self::NoKeepalive | Self::Silent(_) => counters.silent.add(1),
+            _ => {}
         }
     }
 }
 
-/// What the reader found.
-enum Incoming {
-    Message(Box<Message>),
-    /// Not a message; the connection goes on.
-    Unreadable(MessageError),
+/// What the next step of a session is about.
+enum Happened {
     End(End),
+    Command(Command),
+    /// The request at work has this answer.
+    Answer(Answer),
+    /// Certificates or CAs changed.
+    Identity,
+    /// There is room to write again.
+    Room,
+    Received(Received),
+    Tick,
 }
 
-async fn read_all(
-    mut stream: SplitStream<Socket>,
-    incoming: mpsc::Sender<Incoming>,
-) -> SplitStream<Socket> {
-    loop {
-        let found = match stream.next().await {
-            None | Some(Ok(WsMessage::Close(_))) => Incoming::End(End::Closed),
-            Some(Ok(WsMessage::Ping(_) | WsMessage::Pong(_) | WsMessage::Frame(_))) => continue,
-            Some(Ok(WsMessage::Text(text))) => parse(text.as_bytes()),
-            Some(Ok(WsMessage::Binary(bytes))) => parse(&bytes),
-            Some(Err(WsError::Capacity(CapacityError::MessageTooLong { size, .. }))) => {
-                Incoming::End(End::TooLong(MessageError::TooLong { len: size }))
-            }
-            Some(Err(WsError::Capacity(_))) => Incoming::End(End::OverBound),
-            Some(Err(WsError::ConnectionClosed | WsError::AlreadyClosed)) => {
-                Incoming::End(End::Closed)
-            }
-            Some(Err(error)) => Incoming::End(End::Broken(error)),
-        };
-        let is_end = matches!(found, Incoming::End(_));
-        if incoming.send(found).await.is_err() || is_end {
-            return stream;
+/// What became of a request: the message that answers it, and the end of the node's new certificate if it has one now.
+type Answer = (Option<Message>, Option<Peer>);
+type Answering = Pin<Box<dyn Future<Output = Answer> + Send>>;
+type Change = Pin<Box<dyn Future<Output = watch::Receiver<u64>> + Send>>;
+
+/// Starts the session of an admitted node, in a task of its own.
+pub(crate) fn spawn(shared: &Arc<Shared>, opened: Opened) {
+    let shared = Arc::clone(shared);
+    // Boxed whole: the task's room is then one allocation of the size of a session, and not of everything that led to it.
+    shared.tasks.clone().spawn(Box::pin(run(shared, opened)));
+}
+
+async fn run(shared: Arc<Shared>, opened: Opened) {
+    let Opened { transport, identity, standing, capabilities, address, place } = opened;
+    let node: Arc<str> = identity.node.as_str().into();
+    let (commands, id) = match standing {
+        Standing::RenewOnly => (None, None),
+        Standing::Full => {
+            let (sender, commands) = mpsc::channel(COMMANDS_MAX);
+            let Some(id) = shared.hub.connected(&node, capabilities, sender).await else { return };
+            (Some(commands), Some(id))
+        }
+    };
+    let kind = transport.kind();
+    tracing::info!(
+        node = &*node, session = id, transport = kind.name(), peer = %address, %capabilities, "node connected"
+    );
+    let mut session =
+        Session::new(&shared, transport, identity, capabilities, address, commands, id, node);
+    let node = Arc::clone(&session.node);
+    if id.is_some() {
+        if capabilities.lease {
+            shared.leases.up(&node).await;
+        }
+        shared.upstream.connected(&node).await;
+    }
+    let end = session.run().await;
+    if let Some(session) = id {
+        if capabilities.lease {
+            shared.leases.down(&node).await;
+        }
+        let node = node.to_string();
+        shared.hub.input(Input::Disconnected { node, session }).await;
+    }
+    end.count(&shared.links.counters);
+    tracing::info!(node = &*node, session = id, reason = %end, "node disconnected");
+    let Session { transport, answering, requests, listed, identity, .. } = session;
+    drop(listed);
+    // A newer connection of the node may be there already, or come while this is said.
+    if id.is_some() && !shared.links.has(&node) {
+        shared.upstream.disconnected(&node).await;
+        if shared.links.has(&node) {
+            shared.upstream.connected(&node).await;
         }
     }
-}
-
-fn parse(bytes: &[u8]) -> Incoming {
-    match Message::decode(bytes) {
-        Ok(message) => Incoming::Message(Box::new(message)),
-        Err(error) => Incoming::Unreadable(error),
+    if answering.is_some() {
+        // Nobody waits for the answers, but what the node asked for before it went is still done.
+        shared.tasks.spawn(finish(Arc::clone(&shared), identity, answering, requests));
     }
+    Box::pin(transport.close(end.farewell())).await;
+    drop(place);
 }
 
-/// Answers the requests of one node, one after the other, until its session drops the sender.
-async fn work(
-    upstream: Arc<Upstream>,
-    node: String,
-    mut requests: mpsc::Receiver<Message>,
-    answers: mpsc::Sender<Message>,
-    stop: CancellationToken,
+async fn finish(
+    shared: Arc<Shared>,
+    identity: Arc<Peer>,
+    answering: Option<Answering>,
+    requests: VecDeque<Request>,
 ) {
-    while let Some(request) = requests.recv().await {
-        let answer = tokio::select! {
-            () = stop.cancelled() => return,
-            answer = upstream.answer(&node, &request) => answer,
-        };
-        if let Some(answer) = answer {
-            // Without a session nobody waits for it; the request itself has been done.
-            let _ = answers.send(answer).await;
+    let all = async {
+        if let Some(answering) = answering {
+            answering.await;
         }
+        for request in requests {
+            answer(&shared, &identity, &request.message, false).await;
+        }
+    };
+    tokio::select! {
+        () = shared.stop.cancelled() => {}
+        () = all => {}
     }
+}
+
+struct Request {
+    message: Message,
+    len: usize,
 }
 
 /// The owner of one connection.
 struct Session {
-    node: String,
-    id: SessionId,
-    hub: Hub,
-    sink: SplitSink<Socket, WsMessage>,
+    shared: Arc<Shared>,
+    node: Arc<str>,
+    identity: Arc<Peer>,
+    capabilities: Capabilities,
+    /// The hub's number for it; `None` while only a renewal is allowed.
+    id: Option<SessionId>,
+    transport: Transport,
     delivery: Delivery,
-    requests: mpsc::Sender<Message>,
-    keepalive_until: Instant,
-    /// Whether the log says already that this node asks for too much, or sends what is no message.
-    too_fast: bool,
+    commands: Option<mpsc::Receiver<Command>>,
+    requests: VecDeque<Request>,
+    /// Bytes of `requests` and of the one at work.
+    request_bytes: usize,
+    answering: Option<Answering>,
+    answering_len: usize,
+    change: Change,
+    /// The set of CAs that the node was told last.
+    told_cas: Option<u64>,
+    quota: Quota,
+    listed: Listed,
+    /// Messages that wait for room to be written.
+    starved: bool,
+    /// Since when nothing has been written although something waits, and how much waited then.
+    stalled: Option<(Instant, usize)>,
+    heard: Instant,
+    /// When the task that keeps leases was told last that the node is alive.
+    lease_told: Instant,
+    /// When the node is given up unless it is heard before.
+    alive_until: Instant,
+    /// The node is not read before this.
+    slowed_until: Option<Instant>,
+    /// The node was not read at the last look, because of its requests.
+    full: bool,
+    /// Since when its requests wait because it does not take the answers to earlier ones.
+    choked: Option<Instant>,
+    ends_at: Option<Instant>,
+    timer: Pin<Box<Sleep>>,
+    messages_in: u64,
+    messages_out: u64,
+    /// Whether the log says already that this node sends what is no message, or reports errors.
     garbled: bool,
+    complained: bool,
 }
 
 impl Session {
-    async fn run(
-        &mut self,
-        mut commands: mpsc::Receiver<Command>,
-        mut incoming: mpsc::Receiver<Incoming>,
-        mut answers: mpsc::Receiver<Message>,
-        stop: &CancellationToken,
-    ) -> End {
+    #[expect(clippy::too_many_arguments, reason = "one caller, which has just got them all")]
+    fn new(
+        shared: &Arc<Shared>,
+        transport: Transport,
+        identity: Peer,
+        capabilities: Capabilities,
+        address: SocketAddr,
+        commands: Option<mpsc::Receiver<Command>>,
+        id: Option<SessionId>,
+        node: Arc<str>,
+    ) -> Self {
+        let now = Instant::now();
+        let (now_s, now_ms) = clock();
+        let settings = if capabilities.window { Settings::ours() } else { Settings::stock() };
+        let window = settings.window;
+        let state = LinkState::new(
+            Arc::clone(&node),
+            transport.kind(),
+            address,
+            capabilities,
+            window,
+            identity.not_after_s,
+            now_ms,
+        );
+        let counters = &shared.links.counters;
+        match transport.kind() {
+            Kind::WebSocket => counters.accepted_websocket.add(1),
+            Kind::Quic => counters.accepted_quic.add(1),
+        }
+        let ends_at = match id {
+            Some(_) => in_seconds(now, identity.not_after_s.saturating_sub(now_s)),
+            None => Some(now + RENEWAL_TIME),
+        };
+        Self {
+            listed: shared.links.enter(state, id.is_some()),
+            shared: Arc::clone(shared),
+            node,
+            identity: Arc::new(identity),
+            capabilities,
+            id,
+            transport,
+            delivery: Delivery::new(settings),
+            commands,
+            requests: VecDeque::new(),
+            request_bytes: 0,
+            answering: None,
+            answering_len: 0,
+            change: next_change(shared.identity_changes.clone()),
+            told_cas: None,
+            quota: Quota::new(capabilities, now),
+            starved: false,
+            stalled: None,
+            heard: now,
+            lease_told: now,
+            alive_until: now + silence_max(capabilities),
+            slowed_until: None,
+            full: false,
+            choked: None,
+            ends_at,
+            timer: Box::pin(tokio::time::sleep_until(now.into())),
+            messages_in: 0,
+            messages_out: 0,
+            garbled: false,
+            complained: false,
+        }
+    }
+
+    async fn run(&mut self) -> End {
+        let shared = Arc::clone(&self.shared);
+        let mut stopped = pin!(shared.stop.cancelled());
+        if let Err(end) = self.begin() {
+            return end;
+        }
         loop {
-            // In order: what ends the session first, then what the hub and the worker have, then the node.
-            let step = tokio::select! {
-                biased;
-                () = stop.cancelled() => Err(End::Stopping),
-                () = sleep_until(Some(self.keepalive_until)) => Err(End::Silent),
-                command = commands.recv() => match command {
-                    Some(Command::Send(message)) => self.queue(*message),
-                    Some(Command::Close(reason)) => Err(End::Hub(reason)),
-                    // The hub drops the sender of a session whose commands it could not pass on.
-                    None => Err(End::Slow),
-                },
-                Some(answer) = answers.recv() => self.queue(answer),
-                found = incoming.recv() => match found {
-                    Some(Incoming::Message(message)) => self.receive(*message).await,
-                    Some(Incoming::Unreadable(error)) => {
-                        if !std::mem::replace(&mut self.garbled, true) {
-                            tracing::warn!(node = self.node, %error, "a message of the node was not readable");
+            let happened = poll_fn(|cx| {
+                if stopped.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(Happened::End(End::Stopping));
+                }
+                self.poll_happened(cx)
+            })
+            .await;
+            // On the heap while it runs: an idle session does not keep room for what it may have to do.
+            if let Err(end) = Box::pin(self.handle(happened)).await {
+                return end;
+            }
+            if let Err(end) = self.fill() {
+                return end;
+            }
+            while let Some(event) = self.delivery.poll_event() {
+                Box::pin(self.report(event)).await;
+            }
+            self.tell_numbers();
+        }
+    }
+
+    /// What a node is told before it says anything.
+    fn begin(&mut self) -> Result<(), End> {
+        if self.id.is_none() {
+            // Its clock may be wrong, so that it does not know that its certificate has expired.
+            let demand = self.shared.renewals.demand(&self.node);
+            self.deliver(demand)?;
+        }
+        self.look_at_identity()?;
+        self.fill()
+    }
+
+    fn poll_happened(&mut self, cx: &mut Context<'_>) -> Poll<Happened> {
+        if let Poll::Ready(changes) = self.change.as_mut().poll(cx) {
+            self.change = next_change(changes);
+            return Poll::Ready(Happened::Identity);
+        }
+        if let Some(commands) = &mut self.commands
+            && let Poll::Ready(command) = commands.poll_recv(cx)
+        {
+            // The hub drops the sender of a session whose commands it could not pass on.
+            return Poll::Ready(command.map_or(Happened::End(End::Slow), Happened::Command));
+        }
+        if let Some(answering) = &mut self.answering
+            && let Poll::Ready(answer) = answering.as_mut().poll(cx)
+        {
+            return Poll::Ready(Happened::Answer(answer));
+        }
+        let before = self.transport.unwritten();
+        match self.transport.poll_flush(cx) {
+            Poll::Ready(Err(error)) => return Poll::Ready(Happened::End(error.into())),
+            Poll::Ready(Ok(())) => self.stalled = None,
+            Poll::Pending => {
+                let left = self.transport.unwritten();
+                if left < before || self.stalled.is_none_or(|(_, waited)| left < waited) {
+                    self.stalled = Some((Instant::now(), left));
+                }
+            }
+        }
+        if self.starved && self.transport.unwritten() < OUT_HIGH / 2 {
+            return Poll::Ready(Happened::Room);
+        }
+        let is_read = self.slowed_until.is_none() && !self.full;
+        if is_read && let Poll::Ready(received) = self.transport.poll_receive(cx) {
+            return Poll::Ready(match received {
+                Ok(received) => Happened::Received(received),
+                Err(error) => Happened::End(error.into()),
+            });
+        }
+        let deadline = self.deadline();
+        if self.timer.deadline() != deadline.into() {
+            self.timer.as_mut().reset(deadline.into());
+        }
+        self.timer.as_mut().poll(cx).map(|()| Happened::Tick)
+    }
+
+    /// When there is something to do although nothing happens.
+    fn deadline(&self) -> Instant {
+        let stalled = self.stalled.map(|(since, _)| since + WRITE_TIMEOUT);
+        let silent = (!self.full).then_some(self.alive_until);
+        // While what is due cannot be written, its time does not matter.
+        let due = self.delivery.poll_timeout().filter(|_| !self.starved);
+        let choked = self.choked.map(|since| since + WRITE_TIMEOUT);
+        let all = [stalled, choked, silent, due, self.slowed_until, self.ends_at];
+        all.into_iter().flatten().min().unwrap_or_else(|| Instant::now() + KEEPALIVE_TIMEOUT)
+    }
+
+    async fn handle(&mut self, happened: Happened) -> Result<(), End> {
+        match happened {
+            Happened::End(end) => Err(end),
+            Happened::Command(command) => self.obey(command),
+            Happened::Identity => self.look_at_identity(),
+            Happened::Answer((answer, renewed)) => {
+                self.answering = None;
+                self.request_bytes -= std::mem::take(&mut self.answering_len);
+                if let Some(identity) = renewed {
+                    self.renewed(identity);
+                }
+                match answer {
+                    Some(answer) => self.deliver(answer),
+                    None => Ok(()),
+                }
+            }
+            Happened::Room => Ok(()),
+            Happened::Received(received) => self.receive(received).await,
+            Happened::Tick => self.tick(),
+        }
+    }
+
+    /// Takes a command of the hub, and those behind it.
+    fn obey(&mut self, first: Command) -> Result<(), End> {
+        let mut next = Some(first);
+        for _ in 0..COMMANDS_AT_ONCE {
+            match next {
+                Some(Command::Send(message)) => self.deliver(*message)?,
+                Some(Command::Close(reason)) => return Err(End::Hub(reason)),
+                None => break,
+            }
+            next = self.commands.as_mut().and_then(|commands| commands.try_recv().ok());
+        }
+        match next {
+            Some(Command::Send(message)) => self.deliver(*message),
+            Some(Command::Close(reason)) => Err(End::Hub(reason)),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the session of a certificate that does not count any more, and tells the node of new CAs.
+    fn look_at_identity(&mut self) -> Result<(), End> {
+        if let Err(refusal) = self.shared.gate.check(&self.identity) {
+            return Err(End::Refused(refusal.to_string()));
+        }
+        let cas = *self.shared.renewals.bundle_changes().borrow();
+        if self.capabilities.renew && self.id.is_some() && self.told_cas != Some(cas) {
+            self.told_cas = Some(cas);
+            if let Some(bundle) = self.shared.renewals.bundle(&self.node) {
+                return self.deliver(bundle);
+            }
+        }
+        Ok(())
+    }
+
+    /// The node has a new certificate.
+    fn renewed(&mut self, identity: Peer) {
+        let not_after_s = identity.not_after_s;
+        self.identity = Arc::new(identity);
+        let now = Instant::now();
+        self.listed.state.certificate(not_after_s);
+        self.ends_at = match self.id {
+            Some(_) => in_seconds(now, not_after_s.saturating_sub(clock().0)),
+            // Time to read the answer and to dial with it.
+            None => Some(now + RENEWED_TIME),
+        };
+    }
+
+    fn deliver(&mut self, message: Message) -> Result<(), End> {
+        self.delivery.queue(message).map_err(|_| End::Slow)
+    }
+
+    async fn receive(&mut self, received: Received) -> Result<(), End> {
+        let now = Instant::now();
+        self.is_alive(now);
+        match received {
+            Received::Closed => Err(End::Closed),
+            Received::Beat => {
+                self.slow(now, 1, 0);
+                Ok(())
+            }
+            Received::Message(bytes) => {
+                self.slow(now, 0, bytes.len());
+                match Message::decode(&bytes) {
+                    Ok(message) => self.take(message, bytes.len(), now).await,
+                    Err(error) => self.junk(now, bytes.len(), &error),
+                }
+            }
+            Received::Batch(bytes) if !self.capabilities.batch => {
+                self.slow(now, 1, bytes.len());
+                match Message::decode(&bytes) {
+                    Ok(message) => self.take(message, bytes.len(), now).await,
+                    Err(error) => self.junk(now, bytes.len(), &error),
+                }
+            }
+            Received::Batch(bytes) => {
+                self.slow(now, 0, bytes.len());
+                match batch::decode(&bytes, UPSTREAM_LEN_MAX) {
+                    Ok(messages) => {
+                        for message in messages {
+                            let len = message.len_hint();
+                            self.take(message, len, now).await?;
                         }
                         Ok(())
                     }
-                    Some(Incoming::End(end)) => Err(end),
-                    None => Err(End::Closed),
-                },
-                () = sleep_until(self.delivery.poll_timeout()) => Ok(()),
-            };
-            let step = match step {
-                Ok(()) => self.drain().await,
-                end => end,
-            };
-            if let Err(end) = step {
-                return end;
+                    Err(error) => self.junk(now, bytes.len(), &error),
+                }
             }
         }
     }
 
-    fn queue(&mut self, message: Message) -> Result<(), End> {
-        self.delivery.queue(message).map_err(|_| End::Slow)
+    /// Charges the node's quotas.
+    fn slow(&mut self, now: Instant, messages: usize, bytes: usize) {
+        let Some(until) = self.quota.charge(messages, bytes, now) else { return };
+        if self.slowed_until.is_none() {
+            self.shared.links.counters.slowed.add(1);
+        }
+        self.slowed_until = Some(until);
     }
 
-    async fn receive(&mut self, message: Message) -> Result<(), End> {
+    /// Charges something that is no message. A node that sends too much of it is cut off.
+    fn junk(&mut self, now: Instant, len: usize, error: &dyn std::error::Error) -> Result<(), End> {
+        self.shared.links.counters.junk.add(1);
+        if !std::mem::replace(&mut self.garbled, true) {
+            tracing::warn!(node = &*self.node, %error, "a message of the node was not readable");
+        }
+        match self.quota.junk(len, now) {
+            true => Ok(()),
+            false => Err(End::Junk(error.to_string())),
+        }
+    }
+
+    async fn take(&mut self, message: Message, len: usize, now: Instant) -> Result<(), End> {
+        self.messages_in += 1;
         let route = &message.route;
         tracing::debug!(
-            node = self.node,
+            node = &*self.node,
             msg_id = message.header.msg_id,
             operation = route.operation,
             resource = route.resource,
             "received"
         );
-        match message.operation() {
+        let operation = message.operation();
+        let answers = matches!(operation, Some(Operation::Response | Operation::Keepalive));
+        if self.id.is_none() && !answers && !Renewals::is_for(&message) {
+            self.slow(now, 1, 0);
+            let text = "the certificate has expired: only its renewal is possible here";
+            return self.deliver(refusal(&message, text));
+        }
+        match operation {
             Some(Operation::Keepalive) => {
-                self.keepalive_until = Instant::now() + KEEPALIVE_TIMEOUT;
+                self.slow(now, 1, 0);
+                self.alive_until = now + silence_max(self.capabilities);
             }
-            Some(Operation::Response) => self.delivery.handle_ack(&message.header.parent_msg_id),
+            Some(Operation::Response) => {
+                // An acknowledgement that was asked for is free, all else is charged.
+                let before = self.delivery.len();
+                self.delivery.handle_ack(&message.header.parent_msg_id, now);
+                if self.delivery.len() == before {
+                    self.slow(now, 1, 0);
+                }
+            }
             Some(Operation::Error) => {
-                tracing::warn!(
-                    node = self.node,
-                    resource = route.resource,
-                    error = message.content.get(),
-                    "the node reports an error"
-                );
+                self.slow(now, 1, 0);
+                if !std::mem::replace(&mut self.complained, true) {
+                    let error: String = message.content.get().chars().take(500).collect();
+                    let resource = &route.resource;
+                    tracing::warn!(
+                        node = &*self.node,
+                        resource,
+                        error,
+                        "the node reports an error"
+                    );
+                }
             }
-            _ if route.resource == digest::RESOURCE => match message.content_as() {
-                Ok(digest) => {
-                    let (node, session) = (self.node.clone(), self.id);
-                    let request = Box::new(message);
-                    self.hub.input(Input::Digest { node, session, digest, request }).await;
-                }
-                Err(error) => {
-                    tracing::warn!(node = self.node, %error, "the node's digest is not readable");
-                    let answer = error_answer(&message, &error.to_string());
-                    return self.queue(answer);
-                }
-            },
-            _ => {
-                if let Err(error) = self.requests.try_send(message) {
-                    let message = error.into_inner();
-                    if !std::mem::replace(&mut self.too_fast, true) {
-                        // Once, not for each message: a node must not fill the hub's log.
-                        tracing::warn!(
-                            node = self.node,
-                            resource = message.route.resource,
-                            "the node asks faster than the API answers; what is too much is refused"
-                        );
+            _ if route.resource == digest::RESOURCE => {
+                self.slow(now, 1, 0);
+                match message.content_as() {
+                    Ok(digest) => {
+                        let Some(session) = self.id else { return Ok(()) };
+                        let node = self.node.to_string();
+                        let request = Box::new(message);
+                        let input = Input::Digest { node, session, digest, request };
+                        self.shared.hub.input(input).await;
                     }
-                    return self
-                        .queue(error_answer(&message, "too many requests wait for an answer"));
+                    Err(error) => {
+                        tracing::warn!(node = &*self.node, %error, "the node's digest is not readable");
+                        return self.deliver(refusal(&message, &error.to_string()));
+                    }
                 }
+            }
+            _ => {
+                self.slow(now, 1, 0);
+                self.request_bytes += len;
+                self.requests.push_back(Request { message, len });
             }
         }
         Ok(())
     }
 
-    /// Writes what is due and passes on what became of messages.
-    async fn drain(&mut self) -> Result<(), End> {
-        while let Some(message) = self.delivery.poll_transmit(Instant::now()) {
+    fn is_alive(&mut self, now: Instant) {
+        self.heard = now;
+        self.listed.state.heard(clock().1);
+        if let Some(silence_max) = self.capabilities.silence_max() {
+            self.alive_until = now + silence_max;
+        }
+        if self.capabilities.lease && self.id.is_some() && now >= self.lease_told + LEASE_BEAT_MIN {
+            self.lease_told = now;
+            self.shared.leases.beat(&self.node);
+        }
+    }
+
+    fn tick(&mut self) -> Result<(), End> {
+        let now = Instant::now();
+        if self.slowed_until.is_some_and(|until| until <= now) {
+            self.slowed_until = None;
+            // What the node sent meanwhile is still on its way to us.
+            self.alive_until = self.alive_until.max(now + KEEPALIVE_TIMEOUT);
+        }
+        let since = [self.stalled.map(|(since, _)| since), self.choked];
+        if since.into_iter().flatten().any(|since| since + WRITE_TIMEOUT <= now) {
+            return Err(End::Slow);
+        }
+        if self.ends_at.is_some_and(|end| end <= now) {
+            return Err(if self.id.is_some() { End::Expired } else { End::RenewalOver });
+        }
+        if self.alive_until <= now && !self.full {
+            let Some(silence_max) = self.capabilities.silence_max() else {
+                return Err(End::NoKeepalive);
+            };
+            // Bytes that are no message yet, and acknowledgements of QUIC, are signs of life as well.
+            let heard = self.transport.heard(now);
+            if heard + silence_max <= now {
+                return Err(End::Silent(silence_max));
+            }
+            self.alive_until = heard + silence_max;
+        }
+        Ok(())
+    }
+
+    /// Moves what is due from the queue to the transport, as far as there is room, and the next request to work.
+    fn fill(&mut self) -> Result<(), End> {
+        let now = Instant::now();
+        let mut due: Vec<Arc<Message>> = Vec::new();
+        let mut class = Class::Lease;
+        let mut len = 0;
+        let is_quic = self.transport.kind() == Kind::Quic;
+        self.starved = false;
+        loop {
+            if self.transport.unwritten() + len >= OUT_HIGH {
+                self.starved = true;
+                break;
+            }
+            let Some(message) = self.delivery.poll_transmit(now) else { break };
             tracing::debug!(
-                node = self.node,
+                node = &*self.node,
                 msg_id = message.header.msg_id,
                 operation = message.route.operation,
                 resource = message.route.resource,
                 "sent"
             );
-            let write = self.sink.send(WsMessage::text(message.encode()));
-            match tokio::time::timeout(WRITE_TIMEOUT, write).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => return Err(End::Broken(error)),
-                Err(_) => return Err(End::Slow),
+            self.messages_out += 1;
+            // One WebSocket carries all classes, in the order in which they are due.
+            let next = if is_quic { Class::of(&message) } else { class };
+            let whole = len >= BATCH_LEN || due.len() >= BATCH_MESSAGES;
+            if next != class || whole || !self.capabilities.batch {
+                self.send(class, &mut due, &mut len)?;
             }
+            class = next;
+            len += message.len_hint();
+            due.push(message);
         }
-        while let Some(event) = self.delivery.poll_event() {
-            match event {
-                Event::Delivered(message) => {
-                    let (node, session) = (self.node.clone(), self.id);
-                    self.hub.input(Input::Acked { node, session, message }).await;
-                }
-                Event::Unanswered(message) | Event::Dropped(message) => {
-                    tracing::warn!(
-                        node = self.node,
-                        msg_id = message.header.msg_id,
-                        resource = message.route.resource,
-                        "the node did not acknowledge a message"
-                    );
-                }
-            }
+        self.send(class, &mut due, &mut len)?;
+        if self.answering.is_none()
+            && self.delivery.backlog_bytes() < ANSWER_BACKLOG_MAX
+            && let Some(Request { message, len }) = self.requests.pop_front()
+        {
+            let (shared, identity) = (Arc::clone(&self.shared), Arc::clone(&self.identity));
+            self.answering_len = len;
+            let receipts = self.capabilities.receipts;
+            self.answering =
+                Some(Box::pin(async move { answer(&shared, &identity, &message, receipts).await }));
         }
+        if self.requests.is_empty() {
+            self.requests = VecDeque::new();
+        }
+        let full = self.requests.len() >= REQUESTS_MAX || self.request_bytes >= REQUEST_BYTES_MAX;
+        if self.full && !full {
+            self.alive_until = self.alive_until.max(now + silence_max(self.capabilities));
+        }
+        if full && !self.full {
+            self.shared.links.counters.slowed.add(1);
+        }
+        self.full = full;
+        // Not read, it cannot acknowledge either: one that has let it come to that has to start over.
+        let choked = full && self.answering.is_none();
+        self.choked = choked.then(|| self.choked.unwrap_or(now));
         Ok(())
     }
 
-    /// Tells the node why, where there is still a way to tell.
-    async fn say_farewell(self, end: End, reader: tokio::task::JoinHandle<SplitStream<Socket>>) {
-        let Self { mut sink, .. } = self;
-        let Some(code) = end.close_code() else {
-            reader.abort();
-            return;
-        };
-        // A close frame holds at most 123 bytes of text.
-        let reason: String = end.to_string().chars().take(120).collect();
-        let frame = CloseFrame { code, reason: reason.into() };
-        let close = async {
-            sink.send(WsMessage::Close(Some(frame))).await.ok()?;
-            if !matches!(end, End::TooLong(_) | End::OverBound) {
-                reader.abort();
-                return None;
+    /// Gives messages of one class to the transport: as one batch, unless that would not be worth its while.
+    fn send(
+        &mut self,
+        class: Class,
+        due: &mut Vec<Arc<Message>>,
+        len: &mut usize,
+    ) -> Result<(), End> {
+        if std::mem::take(len) < BATCH_LEN_MIN {
+            for message in due.iter() {
+                self.transport.send(class, std::slice::from_ref(message))?;
             }
-            // A peer in the middle of a long message sees the close frame only after it has written all of it; with
-            // unread bytes in our buffers the system would reset the connection instead.
-            let stream = reader.await.ok()?;
-            let mut socket = sink.reunite(stream).ok()?.into_inner();
-            socket.shutdown().await.ok()?;
-            let mut rest = socket.take(FAREWELL_LEN_MAX);
-            let mut buffer = vec![0; 16 * 1024];
-            while rest.read(&mut buffer).await.ok()? > 0 {}
-            Some(())
-        };
-        let _ = tokio::time::timeout(FAREWELL_TIMEOUT, close).await;
-    }
-}
-
-fn error_answer(request: &Message, text: &str) -> Message {
-    let now_ms = jiff::Timestamp::now().as_millisecond();
-    request.error(now_ms, "edgecontroller", "resource", text)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
-        let mut headers = HeaderMap::new();
-        for (name, value) in pairs {
-            headers.append(*name, HeaderValue::from_static(value));
+        } else if !due.is_empty() {
+            self.transport.send(class, due)?;
         }
-        headers
+        due.clear();
+        Ok(())
     }
 
-    #[test]
-    fn repeated_use_header_and_any_case_are_fine() {
-        let retried = headers(&[
-            ("Node_id", "edge1"),
-            ("Project_id", "p"),
-            ("Connectionuse", "msg"),
-            ("Connectionuse", "msg"),
-        ]);
-        let greeting = Greeting::read(&retried, Some("edge1")).expect("a KubeEdge edge");
-        assert_eq!(greeting.node, "edge1");
-        assert!(!greeting.capabilities.digest);
-    }
-
-    #[test]
-    fn a_node_may_only_be_itself() {
-        let both = headers(&[("node_id", "edge1"), ("ConnectionUse", "msg")]);
-        let foreign = Greeting::read(&both, Some("edge2")).expect_err("another node");
-        assert_eq!(
-            foreign.to_string(),
-            "the client certificate is for node `edge2`, not for node `edge1`"
+    /// Passes on what became of a message.
+    async fn report(&mut self, event: Event) {
+        let (message, dropped) = match event {
+            Event::Delivered(message) => {
+                let Some(session) = self.id else { return };
+                // Not the hub's: it came from here.
+                if certificate::bundle_node(&message.route.resource).is_none() {
+                    let node = self.node.to_string();
+                    self.shared.hub.input(Input::Acked { node, session, message }).await;
+                }
+                return;
+            }
+            Event::Unanswered(message) => (message, false),
+            Event::Dropped(message) => (message, true),
+        };
+        tracing::warn!(
+            node = &*self.node,
+            msg_id = message.header.msg_id,
+            resource = message.route.resource,
+            "the node did not acknowledge a message"
         );
-        assert_eq!(refused(&foreign).status(), StatusCode::FORBIDDEN);
-        assert_eq!(Greeting::read(&both, None).expect_err("no node"), Refusal::NoIdentity);
-        let silent = headers(&[("node_id", "edge1")]);
-        let refusal = Greeting::read(&silent, Some("edge1")).expect_err("half-dead");
-        assert_eq!(refused(&refusal).status(), StatusCode::BAD_REQUEST);
-        let empty = headers(&[]);
-        assert_eq!(Greeting::read(&empty, Some("edge1")).expect_err("nobody"), Refusal::NoNode);
+        let Some(session) = self.id else { return };
+        let node = self.node.to_string();
+        self.shared.hub.input(Input::Unanswered { node, session, message, dropped }).await;
     }
+
+    /// Writes the session's numbers where others can read them.
+    fn tell_numbers(&mut self) {
+        let (bytes_out, bytes_in) = self.transport.traffic();
+        let path = self.transport.path();
+        if let Some((_, address)) = path {
+            self.listed.state.moved(address);
+        }
+        let numbers = Numbers {
+            rtt: path.map(|(rtt, _)| rtt).or_else(|| self.delivery.rtt()),
+            in_flight: self.delivery.in_flight(),
+            backlog: self.delivery.backlog_len(),
+            backlog_bytes: self.delivery.backlog_bytes(),
+            requests: self.requests.len() + usize::from(self.answering.is_some()),
+            bytes_in,
+            bytes_out,
+            messages_in: self.messages_in,
+            messages_out: self.messages_out,
+        };
+        self.listed.state.write(&numbers, &self.shared.links.counters);
+    }
+}
+
+async fn answer(shared: &Shared, identity: &Peer, request: &Message, receipts: bool) -> Answer {
+    if Renewals::is_for(request) {
+        let (answer, renewed) = shared.renewals.answer(identity, request).await;
+        return (Some(answer), renewed);
+    }
+    let answer = match receipts {
+        true => shared.upstream.receipt(&identity.node, request).await,
+        false => shared.upstream.answer(&identity.node, request).await,
+    };
+    (answer, None)
+}
+
+fn next_change(mut changes: watch::Receiver<u64>) -> Change {
+    Box::pin(async move {
+        if changes.changed().await.is_err() {
+            // Nobody will tell any more: cloudcore is about to stop.
+            std::future::pending::<()>().await;
+        }
+        changes
+    })
+}
+
+/// How long a node may say nothing (or, for a KubeEdge edge, send no keepalive).
+fn silence_max(capabilities: Capabilities) -> Duration {
+    capabilities.silence_max().unwrap_or(KEEPALIVE_TIMEOUT)
+}
+
+/// Seconds and milliseconds of Unix time.
+fn clock() -> (i64, i64) {
+    let now = jiff::Timestamp::now();
+    (now.as_second(), now.as_millisecond())
+}
+
+fn in_seconds(now: Instant, seconds: i64) -> Option<Instant> {
+    now.checked_add(Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))
+}
+
+fn refusal(request: &Message, text: &str) -> Message {
+    request.error(clock().1, "edgecontroller", "resource", text)
 }

@@ -1,19 +1,23 @@
 //! Streams from nodes: the tunnel listener, and the log streams that run over it.
 //!
-//! A node keeps one WebSocket open; every stream is a numbered connection in it. Frames are Binary messages. Text
-//! messages are read as well, as far as they are valid text; a KubeEdge edge puts arbitrary bytes there, which this
-//! WebSocket library refuses, so logs of a KubeEdge edge are not available yet.
+//! A node keeps one WebSocket open; every stream is a numbered connection in it. A KubeEdge edge puts arbitrary bytes
+//! into Text messages, and gets Text messages as from its own cloud; ours sends Binary messages, and gets what it sends.
+//! Both kinds are read from both.
 //!
 //! Source: kubeedge/kubeedge, cloud/pkg/cloudstream.
 
-use crate::listen::HANDSHAKE_TIMEOUT;
-use crate::session::websocket_config;
-use crate::tls;
+use crate::admission::{Denied, Door};
+use crate::listen::Place;
+use crate::transport::{Farewell, TransportError};
+use crate::websocket::{self, Arrived, OpenError, Refused, WebSocket};
 use bytes::Bytes;
-use futures::{SinkExt, Stream, StreamExt};
+use futures::Stream;
 use http::StatusCode;
-use skerry_protocol::tunnel::{Connect, Frame, FrameKind, NODE_HEADER, PATH};
+use skerry_cloudcore_core::identity::Standing;
+use skerry_protocol::tunnel::{Connect, DATA_LEN_MAX, Frame, FrameKind, NODE_HEADER, PATH};
+use skerry_protocol::websocket::Opcode;
 use std::collections::HashMap;
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -23,9 +27,6 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio_rustls::server::TlsStream;
-use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::Message as WsMessage;
-use tokio_tungstenite::tungstenite::handshake::server::{ErrorResponse, Request, Response};
 use tokio_util::sync::CancellationToken;
 
 /// A node pings every 5 s; a tunnel without a word for this long is dead.
@@ -39,6 +40,8 @@ const STREAMS_MAX: usize = 256;
 /// Requests to one tunnel that it has not taken yet.
 const COMMANDS_MAX: usize = 64;
 const WRITE_TIMEOUT: Duration = Duration::from_secs(15);
+/// The longest message: a frame with its two numbers.
+const MESSAGE_LEN_MAX: usize = DATA_LEN_MAX + 20;
 
 /// Why there is no stream.
 #[derive(Debug, thiserror::Error)]
@@ -150,49 +153,45 @@ impl Streams {
     /// Serves one connection of the tunnel listener.
     pub(crate) async fn serve(
         self,
+        door: Arc<Door>,
         stream: TlsStream<TcpStream>,
         peer: SocketAddr,
+        mut place: Place,
         stop: CancellationToken,
     ) {
-        let certificate_node = tls::peer_node(stream.get_ref().1);
-        let check = |request: &Request, response: Response| {
+        let certificates = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
+        let check = |request: &http::Request<hyper::body::Incoming>| {
+            if request.uri().path() != PATH {
+                let text = format!("there is only {PATH} here");
+                return Err(Refused::new(StatusCode::NOT_FOUND, text));
+            }
             let header = request.headers().get(NODE_HEADER).and_then(|value| value.to_str().ok());
-            let (status, text) = match (&certificate_node, header) {
-                _ if request.uri().path() != PATH => {
-                    (StatusCode::NOT_FOUND, format!("there is only {PATH} here"))
+            if header.is_none() {
+                let text = format!("header `{NODE_HEADER}` is missing");
+                return Err(Refused::new(StatusCode::BAD_REQUEST, text));
+            }
+            match door.identify(certificates.as_deref(), header) {
+                Ok((identity, Standing::Full)) => Ok((identity, Vec::new())),
+                Ok((identity, Standing::RenewOnly)) => {
+                    Err(Denied::CannotRenew { node: identity.node }.into_answer())
                 }
-                (None, _) => {
-                    (StatusCode::FORBIDDEN, "the client certificate names no node".to_owned())
-                }
-                (Some(_), None) => {
-                    (StatusCode::BAD_REQUEST, format!("header `{NODE_HEADER}` is missing"))
-                }
-                (Some(certificate), Some(node)) if certificate != node => {
-                    let text = format!(
-                        "the client certificate is for node `{certificate}`, not for node `{node}`"
-                    );
-                    (StatusCode::FORBIDDEN, text)
-                }
-                _ => return Ok(response),
-            };
-            let mut refusal = ErrorResponse::new(Some(text));
-            *refusal.status_mut() = status;
-            Err(refusal)
+                Err(denied) => Err(denied.into_answer()),
+            }
         };
-        let handshake = tokio_tungstenite::accept_hdr_async_with_config(
-            stream,
-            check,
-            Some(websocket_config()),
-        );
-        let socket = match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await {
-            Ok(Ok(socket)) => socket,
-            Ok(Err(error)) => {
-                tracing::warn!(%peer, certificate = certificate_node, %error, "tunnel refused");
+        let opened = Box::pin(websocket::open(stream, MESSAGE_LEN_MAX, check)).await;
+        place.opened();
+        let (socket, identity) = match opened {
+            Ok(opened) => opened,
+            Err(error @ OpenError::Refused { .. }) => {
+                tracing::warn!(listener = "tunnel", %peer, reason = %error, "tunnel refused");
                 return;
             }
-            Err(_) => return,
+            Err(error) => {
+                tracing::debug!(listener = "tunnel", %peer, %error, "opening handshake failed");
+                return;
+            }
         };
-        let node = certificate_node.expect("the handshake was refused without one");
+        let node = identity.node.clone();
         let (commands, received) = mpsc::channel(COMMANDS_MAX);
         let id = {
             let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
@@ -203,21 +202,59 @@ impl Streams {
             id
         };
         tracing::info!(node, tunnel = id, %peer, "tunnel open");
-        let mut tunnel =
-            Tunnel { socket, commands: commands.downgrade(), streams: HashMap::new(), next: 1 };
+        let mut tunnel = Tunnel {
+            socket: Box::new(socket),
+            opcode: Opcode::Text,
+            commands: commands.downgrade(),
+            streams: HashMap::new(),
+            next: 1,
+        };
         drop(commands);
-        let reason = tunnel.run(received, &stop).await;
-        let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
-        if tunnels.by_node.get(&node).is_some_and(|(current, _)| *current == id) {
-            tunnels.by_node.remove(&node);
+        let mut cuts = door.revocations();
+        let run = tunnel.run(received, &stop);
+        let cut = async {
+            // Asked again whenever a decision changed; the tunnel ends with the node's certificate.
+            loop {
+                let wait = identity.not_after_s.saturating_sub(jiff::Timestamp::now().as_second());
+                let wait = Duration::from_secs(u64::try_from(wait).unwrap_or(0).min(86_400));
+                tokio::select! {
+                    changed = cuts.changed() => if changed.is_err() {
+                        std::future::pending::<()>().await;
+                    },
+                    () = tokio::time::sleep(wait) => {}
+                }
+                if !matches!(door.standing(&identity), Ok(Standing::Full)) {
+                    return "the certificate of the node does not count any more";
+                }
+            }
+        };
+        let reason = tokio::select! {
+            reason = run => reason,
+            reason = cut => reason,
+        };
+        for (_, reader) in tunnel.streams.drain() {
+            let _ = reader.cut.set(reason);
+        }
+        tunnel
+            .socket
+            .close(Some(Farewell { code: 1000, reason: reason.into(), talks: false }))
+            .await;
+        {
+            let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+            if tunnels.by_node.get(&node).is_some_and(|(current, _)| *current == id) {
+                tunnels.by_node.remove(&node);
+            }
         }
         tracing::info!(node, tunnel = id, reason, "tunnel closed");
+        drop(place);
     }
 }
 
 /// The owner of one tunnel.
 struct Tunnel {
-    socket: WebSocketStream<TlsStream<TcpStream>>,
+    socket: Box<WebSocket>,
+    /// What the node sends its frames as, and gets them as; a KubeEdge edge takes both, until it has sent anything.
+    opcode: Opcode,
     /// Weak, so that the tunnel ends when nobody can open a stream on it and none is open.
     commands: mpsc::WeakSender<Command>,
     streams: HashMap<u64, Reader>,
@@ -245,14 +282,20 @@ impl Tunnel {
                     Some(Command::Remove(connection)) => self.remove(connection).await,
                     None => Err("the node opened a new tunnel"),
                 },
-                message = self.socket.next() => match message {
-                    Some(Ok(WsMessage::Binary(bytes))) => self.receive(&bytes).await,
-                    Some(Ok(WsMessage::Text(text))) => self.receive(text.as_bytes()).await,
-                    // The library answers pings with the next write.
-                    Some(Ok(WsMessage::Ping(_))) => self.socket.flush().await.map_err(|_| "the connection broke"),
-                    Some(Ok(WsMessage::Pong(_) | WsMessage::Frame(_))) => Ok(()),
-                    Some(Ok(WsMessage::Close(_))) | None => Err("the node closed it"),
-                    Some(Err(error)) => {
+                arrived = poll_fn(|cx| self.socket.poll_message(cx)) => match arrived {
+                    Ok(Arrived::Text(bytes)) => {
+                        self.opcode = Opcode::Text;
+                        self.receive(&bytes).await
+                    }
+                    Ok(Arrived::Binary(bytes)) => {
+                        self.opcode = Opcode::Binary;
+                        self.receive(&bytes).await
+                    }
+                    // A ping has its pong ready.
+                    Ok(Arrived::Beat) => self.flush().await,
+                    Ok(Arrived::Closed) => Err("the node closed it"),
+                    Err(TransportError::OverBound) => Err("a frame is over the bound"),
+                    Err(error) => {
                         tracing::info!(%error, "a tunnel broke");
                         Err("the connection broke")
                     }
@@ -260,11 +303,6 @@ impl Tunnel {
                 () = idle => Err("the node is silent"),
             };
             if let Err(reason) = step {
-                for (_, reader) in self.streams.drain() {
-                    let _ = reader.cut.set(reason);
-                }
-                let close = self.socket.close(None);
-                let _ = tokio::time::timeout(Duration::from_secs(1), close).await;
                 return reason;
             }
         }
@@ -332,8 +370,13 @@ impl Tunnel {
     }
 
     async fn write(&mut self, frame: Frame) -> Result<(), &'static str> {
-        let write = self.socket.send(WsMessage::binary(frame.encode()));
-        match tokio::time::timeout(WRITE_TIMEOUT, write).await {
+        self.socket.write(self.opcode, &frame.encode());
+        self.flush().await
+    }
+
+    async fn flush(&mut self) -> Result<(), &'static str> {
+        let written = poll_fn(|cx| self.socket.poll_flush(cx));
+        match tokio::time::timeout(WRITE_TIMEOUT, written).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err("the connection broke"),
             Err(_) => Err("the node does not read"),

@@ -9,8 +9,10 @@
 
 use crate::config::Config;
 use crate::enrol::EnrolError;
-use crate::link::{self, LinkEvent, chain};
+use crate::enrol::{self, Credentials};
+use crate::link::{self, LinkEvent, LinkParts, Outgoing, chain};
 use crate::meta_store::{self, OpenError, Store, Trust, WriteError};
+use crate::metaserver::{self, ApiRequest, Desk};
 use crate::node;
 use crate::objects::{Found, LookupRequest, StoredObjects};
 use crate::pods::{
@@ -35,6 +37,9 @@ use tokio_util::sync::CancellationToken;
 
 /// Lookups of the engine that wait for the loop; then the engine's workers wait.
 const LOOKUPS_MAX: usize = 64;
+/// Messages that are looked at before what they ask for is made durable. A transaction costs about as much for many
+/// rows as for one, and nobody else is served meanwhile.
+const PUSHES_MAX: usize = 32;
 /// Looks at the machine between two looks at the images.
 const IMAGES_EVERY: u32 = 30;
 /// Images in the Node's status, as kubelet's default.
@@ -101,7 +106,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
     let (meta, restored) = Meta::restore(&config.node_name, opened.rows, opened.tombstones);
 
     let (lookups, lookup_requests) = mpsc::channel(LOOKUPS_MAX);
-    let objects = Arc::new(StoredObjects::new(store.clone(), lookups));
+    let objects = Arc::new(StoredObjects::new(store.clone(), lookups.clone()));
     let (engine, engine_events) = start_engine(&config, objects, store.clone()).await?;
     let engine = Arc::new(engine);
 
@@ -109,10 +114,19 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
     let seed = seed(&config.node_name, now);
     let runtime = engine.runtime();
     let facts = node::facts(&config, &runtime.borrow(), Vec::new());
+    let (credentials, credentials_seen) = watch::channel(None);
+    let rows = opened.outbox;
+    if !rows.is_empty() {
+        tracing::info!(
+            rows = rows.len(),
+            "the cluster is owed what was not told before the last end"
+        );
+    }
     let mut agent = Agent {
-        uplink: Uplink::new(facts, now, seed),
+        uplink: Uplink::restore(facts, now, seed, rows, |seq| store.read_outbox(seq)),
         config: config.clone(),
-        store,
+        credentials: credentials.clone(),
+        store: store.clone(),
         engine: engine.clone(),
         meta,
         trust: opened.trust,
@@ -120,7 +134,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
         outgoing: None,
         waiting: HashMap::new(),
         images: Vec::new(),
+        api: Desk::default(),
     };
+    agent.forget_settled_pods();
     agent.start_pods(restored, deleted).await;
     let rebuilding = opened.trust == Trust::Rebuilding;
     agent.node_event("Starting", false, "Starting edgecore.");
@@ -132,16 +148,30 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
         );
     }
 
+    let (api_requests, from_api) = mpsc::channel(metaserver::REQUESTS_MAX);
+    let api_changes = agent.api.changes();
+
     // The link after the pods: they do not wait for it.
     let (link_events, from_link) = mpsc::channel(link::INCOMING_MAX);
-    let (credentials, credentials_seen) = watch::channel(None);
+    let (facts, facts_seen) = watch::channel(link::LinkFacts::default());
     let mut parts = tokio::task::JoinSet::new();
-    parts.spawn(link::run(config.clone(), link_events, credentials, seed, stop.clone()));
+    let timing = link::Timing::default();
+    let link = LinkParts { events: link_events, credentials, lookups, facts, seed, timing };
+    parts.spawn(link::run(config.clone(), link, stop.clone()));
+    let written = link::facts::keep_written(config.dir.clone(), facts_seen);
+    let written = stop.clone().run_until_cancelled_owned(written);
+    parts.spawn(async move { written.await.unwrap_or_default() });
+    if let Some(address) = config.meta_server {
+        let node = config.node_name.clone();
+        let stop = stop.clone();
+        parts.spawn(metaserver::run(address, node, store, api_requests, api_changes, stop));
+    }
     if let Some(endpoint) = config.tunnel.clone() {
         let tunnel = tunnel::Tunnel::new(config, endpoint, engine);
         parts.spawn(tunnel.run(credentials_seen, seed, stop.clone()));
     }
-    let result = agent.run(from_link, engine_events, lookup_requests, runtime, stop.clone()).await;
+    let run = agent.run(from_link, engine_events, lookup_requests, from_api, runtime, stop.clone());
+    let result = run.await;
     stop.cancel();
     while parts.join_next().await.is_some() {}
     result
@@ -201,9 +231,26 @@ struct Agent {
     trust: Trust,
     /// Whether the hub has told this process everything that it wants of the node.
     told_all: bool,
-    outgoing: Option<mpsc::Sender<Message>>,
+    credentials: watch::Sender<Option<Arc<Credentials>>>,
+    outgoing: Option<mpsc::Sender<Outgoing>>,
     waiting: HashMap<Ticket, oneshot::Sender<Found>>,
     images: Vec<Value>,
+    api: Desk,
+}
+
+/// Pushes that are made durable together.
+#[derive(Default)]
+struct Pushes {
+    steps: Vec<Step>,
+    /// What they are about, each once.
+    resources: HashSet<String>,
+}
+
+impl Pushes {
+    fn take(&mut self) -> Vec<Step> {
+        self.resources.clear();
+        std::mem::take(&mut self.steps)
+    }
 }
 
 /// All that can happen.
@@ -211,6 +258,7 @@ enum Action {
     Link(LinkEvent),
     Engine(EngineEvent),
     Lookup(LookupRequest),
+    Api(ApiRequest),
     /// Time to look at the machine, or the runtime's state is new.
     Look,
     /// A timer of the uplink, or room in the link's queue.
@@ -226,6 +274,7 @@ impl Agent {
         mut link: mpsc::Receiver<LinkEvent>,
         mut engine: mpsc::Receiver<EngineEvent>,
         mut lookups: mpsc::Receiver<LookupRequest>,
+        mut api: mpsc::Receiver<ApiRequest>,
         mut runtime: watch::Receiver<RuntimeInfo>,
         stop: CancellationToken,
     ) -> Result<(), AgentError> {
@@ -234,7 +283,9 @@ impl Agent {
         let mut looks: u32 = 0;
         loop {
             let blocked = self.drain().await?;
-            let next = tokio::time::Instant::from_std(self.uplink.poll_timeout(now()));
+            let next = self.uplink.poll_timeout(now());
+            let next = self.api.poll_timeout().map_or(next, |api| api.min(next));
+            let next = tokio::time::Instant::from_std(next);
             let room = async {
                 match (&self.outgoing, blocked) {
                     (Some(outgoing), true) => drop(outgoing.reserve().await),
@@ -246,6 +297,7 @@ impl Agent {
                 event = link.recv() => event.map_or(Action::Ended("the link"), Action::Link),
                 event = engine.recv() => event.map_or(Action::Ended("the pod engine"), Action::Engine),
                 Some(request) = lookups.recv() => Action::Lookup(request),
+                Some(request) = api.recv() => Action::Api(request),
                 changed = runtime.changed() => {
                     changed.map_or(Action::Ended("the pod engine"), |()| Action::Look)
                 }
@@ -267,28 +319,65 @@ impl Agent {
                     let info = runtime.borrow_and_update().clone();
                     self.look(&info);
                 }
+                Action::Link(LinkEvent::Message(first)) => {
+                    self.handle_messages(*first, &mut link).await?;
+                }
                 action => self.apply(action).await?,
             }
         }
     }
 
+    /// Takes what has arrived by now, so that one transaction makes many pushes durable.
+    async fn handle_messages(
+        &mut self,
+        first: Message,
+        link: &mut mpsc::Receiver<LinkEvent>,
+    ) -> Result<(), AgentError> {
+        let mut pushes = Pushes::default();
+        let mut next = Some(LinkEvent::Message(Box::new(first)));
+        let mut count = 0;
+        while let Some(event) = next.take() {
+            match event {
+                LinkEvent::Message(message) => self.handle_message(&message, &mut pushes).await?,
+                other => {
+                    self.carry_out(pushes.take()).await?;
+                    self.apply(Action::Link(other)).await?;
+                }
+            }
+            count += 1;
+            if count < PUSHES_MAX {
+                next = link.try_recv().ok();
+            }
+        }
+        self.carry_out(pushes.take()).await.map(drop)
+    }
+
     async fn apply(&mut self, action: Action) -> Result<(), AgentError> {
         match action {
-            Action::Link(LinkEvent::Connected { capabilities, outgoing }) => {
+            Action::Link(LinkEvent::Connected { transport, capabilities, outgoing }) => {
                 tracing::info!(
-                    digest = capabilities.digest,
+                    %transport,
+                    capabilities = %capabilities,
                     objects = self.meta.len(),
+                    owed = self.uplink.outbox().len(),
                     "connected to the hub"
                 );
+                // When the link has moved, the end of the old channel tells the old connection that it is over.
                 self.outgoing = Some(outgoing);
                 let digest = capabilities.digest.then(|| self.meta.start_digest());
                 if digest.is_none() {
                     self.meta.digest_answered();
                 }
-                self.uplink.handle_connected(now(), digest);
+                self.uplink.handle_connected(now(), capabilities, digest);
+                self.api.handle_connected();
                 self.engine.link_up().await;
             }
-            Action::Link(LinkEvent::Message(message)) => self.handle_message(&message).await?,
+            Action::Link(LinkEvent::Written(id)) => self.uplink.handle_written(now(), &id),
+            Action::Link(LinkEvent::Message(message)) => {
+                let mut pushes = Pushes::default();
+                self.handle_message(&message, &mut pushes).await?;
+                self.carry_out(pushes.take()).await?;
+            }
             Action::Link(LinkEvent::Garbled(error)) => {
                 tracing::warn!(error = chain(&error), "the hub sent something that is no message");
             }
@@ -300,7 +389,8 @@ impl Agent {
                 }
                 self.outgoing = None;
                 self.meta.digest_answered();
-                self.uplink.handle_disconnected();
+                self.uplink.handle_disconnected(now());
+                self.api.handle_disconnected(now());
             }
             Action::Link(LinkEvent::NotEnrolled(error)) => {
                 if self.meta.is_empty() {
@@ -348,6 +438,7 @@ impl Agent {
                 let ticket = self.uplink.lookup(now(), request.path, request.content);
                 self.waiting.insert(ticket, request.answer);
             }
+            Action::Api(request) => self.api.handle_request(now(), request),
             Action::Look | Action::Poll | Action::Ended(_) | Action::Stop => {}
         }
         Ok(())
@@ -358,17 +449,52 @@ impl Agent {
         while let Some(output) = self.uplink.poll_output(now()) {
             self.handle_output(output).await?;
         }
+        self.store_owed().await?;
+        self.api.deliver(now());
         let Some(outgoing) = self.outgoing.clone() else { return Ok(false) };
         loop {
             let Ok(permit) = outgoing.try_reserve() else { return Ok(!outgoing.is_closed()) };
-            match self.uplink.poll_transmit(now()) {
+            match self.next_outgoing() {
                 Some(message) => permit.send(message),
                 None => return Ok(false),
             }
         }
     }
 
-    async fn handle_message(&mut self, message: &Message) -> Result<(), AgentError> {
+    /// Makes durable what must not be told before it is, in one transaction; does nothing when nothing is new.
+    async fn store_owed(&mut self) -> Result<(), AgentError> {
+        let changes = self.uplink.take_changes(now());
+        if changes.is_empty() {
+            return Ok(());
+        }
+        match self.store.write_outbox(changes).await {
+            Ok(()) => self.uplink.handle_stored(now(), true),
+            Err(error @ WriteError::Broken(_)) => return Err(AgentError::Broken(error)),
+            Err(_) => self.uplink.handle_stored(now(), false), // logged by the store; tried again later
+        }
+        Ok(())
+    }
+
+    fn next_outgoing(&mut self) -> Option<Outgoing> {
+        let store = &self.store;
+        let message = self.uplink.poll_transmit(now(), |seq| store.read_outbox(seq));
+        let message = message.or_else(|| self.api.poll_transmit(now()))?;
+        tracing::debug!(
+            msg_id = message.header.msg_id,
+            operation = message.route.operation,
+            resource = message.route.resource,
+            "up"
+        );
+        let report = self.uplink.wants_written(&message.header.msg_id);
+        Some(Outgoing { message, report })
+    }
+
+    /// Handles a message; what a push asks for is put to `pushes`, which the caller carries out.
+    async fn handle_message(
+        &mut self,
+        message: &Message,
+        pushes: &mut Pushes,
+    ) -> Result<(), AgentError> {
         let route = &message.route;
         tracing::debug!(
             msg_id = message.header.msg_id,
@@ -377,51 +503,83 @@ impl Agent {
             "down"
         );
         if !message.header.parent_msg_id.is_empty() {
-            if !self.uplink.handle_reply(now(), message) {
+            if !self.uplink.handle_reply(now(), message) && !self.api.handle_reply(now(), message) {
                 tracing::debug!(resource = route.resource, "a reply that nobody waits for");
             }
             return Ok(());
         }
-        match route.group.as_str() {
-            "resource" | "func" => {
-                self.uplink.handle_push(now());
-                let step = self.meta.handle_push(now(), message);
-                self.carry_out(step).await?;
-            }
-            group => tracing::debug!(group, resource = route.resource, "not for this agent"),
+        if matches!(route.group.as_str(), "resource" | "func") {
+            self.uplink.handle_push(now());
         }
+        match enrol::handle_push(&self.config, &self.credentials, message) {
+            None => {}
+            Some(Ok(())) => {
+                self.uplink.acknowledge(message.ack(now().unix_ms()));
+                return Ok(());
+            }
+            Some(Err(error)) => {
+                tracing::warn!(
+                    error = chain(&error),
+                    resource = route.resource,
+                    "not taken, not acknowledged"
+                );
+                return Ok(());
+            }
+        }
+        if !pushes.resources.insert(route.resource.clone()) {
+            // The decision about an object needs the one before it.
+            self.carry_out(pushes.take()).await?;
+            pushes.resources.insert(route.resource.clone());
+        }
+        pushes.steps.push(self.meta.handle_push(now(), message));
         Ok(())
     }
 
-    /// Makes a step durable, then acknowledges it, then lets it take effect. Returns whether it is durable.
+    /// Makes steps about different objects durable, then acknowledges them, then lets them take effect, in their order.
+    /// Returns whether all are durable.
     ///
     /// # Errors
     ///
     /// [`AgentError::Broken`]: only the next start can mend that.
-    async fn carry_out(&mut self, step: Step) -> Result<bool, AgentError> {
-        if let Some(write) = step.write.clone() {
-            match self.store.write(write).await {
-                Ok(()) => {}
+    async fn carry_out(&mut self, steps: Vec<Step>) -> Result<bool, AgentError> {
+        let changes: Vec<_> =
+            steps.iter().map(|step| self.api.change(&self.store, step.write.as_ref()?)).collect();
+        // The store makes one transaction of what waits for it.
+        let store = &self.store;
+        let writes = steps.iter().map(|step| async move {
+            match step.write.clone() {
+                Some(write) => store.write(write).await,
+                None => Ok(()),
+            }
+        });
+        let written = futures::future::join_all(writes).await;
+        let mut all = true;
+        for ((step, change), written) in steps.into_iter().zip(changes).zip(written) {
+            match written {
+                Ok(()) => change.into_iter().for_each(|change| self.api.publish(change)),
                 Err(error @ WriteError::Broken(_)) => return Err(AgentError::Broken(error)),
-                Err(_) => return Ok(false), // logged by the store; the hub sends it again
+                Err(_) => {
+                    all = false; // logged by the store; the hub sends it again
+                    continue;
+                }
+            }
+            let (ack, effects) = self.meta.commit(step);
+            if let Some(ack) = ack {
+                self.uplink.acknowledge(ack);
+                self.drain_acks();
+            }
+            for effect in effects {
+                self.take_effect(effect).await;
             }
         }
-        let (ack, effects) = self.meta.commit(step);
-        if let Some(ack) = ack {
-            self.uplink.acknowledge(ack);
-            self.drain_acks();
-        }
-        for effect in effects {
-            self.take_effect(effect).await;
-        }
-        Ok(true)
+        Ok(all)
     }
 
     /// Acknowledgements need not wait until the engine has taken an effect.
     fn drain_acks(&mut self) {
         let Some(outgoing) = &self.outgoing else { return };
-        if let Ok(permit) = outgoing.try_reserve()
-            && let Some(message) = self.uplink.poll_transmit(now())
+        if let Ok(permit) = outgoing.clone().try_reserve()
+            && let Some(message) = self.next_outgoing()
         {
             permit.send(message);
         }
@@ -431,20 +589,29 @@ impl Agent {
         match effect {
             Effect::PodUpsert(pod) => self.engine.upsert(Arc::new(*pod)).await,
             Effect::PodRemove { namespace, name, uid } => {
-                self.uplink.forget_pod(&uid);
+                self.uplink.forget_pod(now(), &uid);
                 self.engine.remove(&namespace, &name, &uid).await;
             }
             Effect::ObjectChanged { kind, namespace, name } => {
                 let kind = match kind.as_str() {
                     "secret" => ObjectKind::Secret,
-                    _ => ObjectKind::ConfigMap,
+                    "configmap" => ObjectKind::ConfigMap,
+                    _ => return, // stored for parts that are still to come
                 };
                 self.engine.objects_changed(kind, &namespace, &name).await;
             }
             Effect::OwnNode(node) => self.uplink.handle_own_node(&node),
             Effect::OwnNodeGone => self.uplink.handle_own_node_gone(),
+            Effect::HandOn(message) => {
+                let route = &message.route;
+                tracing::debug!(
+                    group = route.group,
+                    resource = route.resource,
+                    "nobody here takes this yet"
+                );
+            }
             Effect::Ignored { resource, reason } => {
-                tracing::warn!(resource, reason, "of no use here, acknowledged");
+                tracing::warn!(resource, reason, "of no use here");
             }
         }
     }
@@ -457,7 +624,7 @@ impl Agent {
                     && matches!(path.kind(), "configmap" | "secret")
                 {
                     let step = self.meta.handle_answer(&path, object.clone());
-                    if !self.carry_out(step).await? {
+                    if !self.carry_out(vec![step]).await? {
                         found = Err("the object could not be stored on this node".into());
                     }
                 }
@@ -470,7 +637,7 @@ impl Agent {
             }
             Output::Object { path, object } => {
                 let step = self.meta.handle_answer(&path, object);
-                self.carry_out(step).await?;
+                self.carry_out(vec![step]).await?;
             }
             Output::DigestAnswered => self.handle_digest_answered().await?,
             Output::PodFinished(key) => {
@@ -485,7 +652,8 @@ impl Agent {
             Output::Reconnect(reason) => {
                 tracing::warn!(reason, "dialling again");
                 self.outgoing = None; // the link sees that its sender is gone
-                self.uplink.handle_disconnected();
+                self.uplink.handle_disconnected(now());
+                self.api.handle_disconnected(now());
             }
         }
         Ok(())
@@ -522,6 +690,13 @@ impl Agent {
         }
         self.trust = Trust::Complete;
         Ok(())
+    }
+
+    /// The cluster knows of these by now: the row of the pod went before the note about it did.
+    fn forget_settled_pods(&mut self) {
+        let settled: Vec<_> =
+            self.uplink.gone_pods().filter(|key| !self.holds(key)).cloned().collect();
+        settled.iter().for_each(|key| self.uplink.forget_pod(now(), &key.uid));
     }
 
     /// Starts what the database holds, before any link.

@@ -1,20 +1,29 @@
 //! The configuration of EdgeCore: one YAML file, read once, all mistakes told together.
 //!
-//! KubeEdge's own `edgecore.yaml` is not read yet; it is recognised and refused with that reason.
+//! KubeEdge's own `edgecore.yaml` is read as it is; see [`kubeedge`].
 
+use crate::kubeedge;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// KubeEdge's default project id; part of the path that the hub ignores.
 pub const PROJECT_ID: &str = "e632aba927ea4ac2b575ec1603d56f10";
 
 /// Every key, with what it is; the reference for people.
-pub const KEYS: [(&str, &str); 16] = [
+pub const KEYS: [(&str, &str); 19] = [
     ("nodeName", "name of the Node, unique in the cluster (required)"),
     ("hub", "address of the hub, `wss://host:10000`, or a list that is tried in turn (required)"),
+    (
+        "quic",
+        "address of the first hub's QUIC listener, `quic://host:10001`, or `off`; the host of `hub` with port 10001 by \
+         default",
+    ),
+    ("beat", "seconds between two signs of life on an idle link, 5 to 300, 25 by default"),
     ("enrol", "address of the enrolment listener, `https://host:10002` (required)"),
     (
         "tunnel",
@@ -35,7 +44,18 @@ pub const KEYS: [(&str, &str); 16] = [
         "parent cgroup of all pods, `/kubepods` by default; empty leaves it to the runtime",
     ),
     ("resolvConf", "resolver file of the node, `/etc/resolv.conf` by default"),
+    (
+        "metaServer",
+        "loopback address of the node's own Kubernetes API, `127.0.0.1:10550` in KubeEdge; none without it",
+    ),
 ];
+
+/// Port of the hub's QUIC listener.
+pub const QUIC_PORT: u16 = 10001;
+/// Time between two signs of life when the file says nothing: under the 30 s after which many NATs forget a UDP flow.
+pub const BEAT: Duration = Duration::from_secs(25);
+/// What the file may say, in seconds.
+const BEAT_RANGE_S: RangeInclusive<u64> = 5..=300;
 
 /// How EdgeCore is to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +64,10 @@ pub struct Config {
     pub node_name: String,
     /// Hub addresses, tried in turn.
     pub hubs: Vec<Endpoint>,
+    /// QUIC listeners of the hubs.
+    pub quic: Quic,
+    /// Time between two signs of life on an idle link.
+    pub beat: Duration,
     /// Enrolment listener.
     pub enrol: Endpoint,
     /// Tunnel listener.
@@ -70,6 +94,8 @@ pub struct Config {
     pub cgroup_root: Option<String>,
     /// Resolver file, when it is not the default.
     pub resolv_conf: Option<PathBuf>,
+    /// Where the node's own API listens, if it does.
+    pub meta_server: Option<SocketAddr>,
 }
 
 /// A join token, or the file that holds it and is read each time it is needed.
@@ -79,6 +105,17 @@ pub enum TokenSource {
     Text(String),
     /// In a file.
     File(PathBuf),
+}
+
+/// Where QUIC is tried.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Quic {
+    /// Nowhere.
+    Off,
+    /// At the host of each hub, on [`QUIC_PORT`].
+    Default,
+    /// There, for the first hub; as by default for the others.
+    At(Endpoint),
 }
 
 /// Host and port of a TLS listener.
@@ -110,14 +147,6 @@ pub enum ConfigError {
         /// What the parser said, with line and column.
         message: String,
     },
-    /// A KubeEdge file.
-    #[error("configuration `{path}` is KubeEdge's own (`{api_version}`), which is not read yet")]
-    KubeEdge {
-        /// Which one.
-        path: PathBuf,
-        /// Its `apiVersion`.
-        api_version: String,
-    },
     /// YAML, but not a configuration.
     #[error("configuration `{path}` has {} mistake(s): {}", mistakes.len(), mistakes.join("; "))]
     Mistakes {
@@ -132,9 +161,6 @@ impl ConfigError {
     /// What a person can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::KubeEdge { .. } => {
-                Some("write a file with the keys nodeName, hub, enrol, dir and token".into())
-            }
             Self::Mistakes { .. } => {
                 let known: Vec<_> = KEYS.iter().map(|(key, _)| *key).collect();
                 Some(format!("known keys: {}", known.join(", ")))
@@ -166,12 +192,11 @@ impl Config {
             path: path.to_owned(),
             message: error.to_string(),
         })?;
-        let api_version = value["apiVersion"].as_str().unwrap_or_default();
-        if api_version.contains("kubeedge.io/") {
-            let api_version = api_version.to_owned();
-            return Err(ConfigError::KubeEdge { path: path.to_owned(), api_version });
-        }
         let mistakes = |mistakes| ConfigError::Mistakes { path: path.to_owned(), mistakes };
+        let value = match kubeedge::is_kubeedge(&value) {
+            true => Value::Object(kubeedge::parse(&value).map_err(mistakes)?.keys),
+            false => value,
+        };
         let Value::Object(fields) = value else {
             return Err(mistakes(vec!["the file is not a map of keys".into()]));
         };
@@ -186,6 +211,15 @@ impl Config {
     /// The database file.
     pub fn database(&self) -> PathBuf {
         self.dir.join("state.db")
+    }
+
+    /// Where the hub with this place in [`Self::hubs`] listens for QUIC, if it is to be tried.
+    pub fn quic_of(&self, hub: usize) -> Option<Endpoint> {
+        match (&self.quic, self.hubs.get(hub)?) {
+            (Quic::Off, _) => None,
+            (Quic::At(endpoint), _) if hub == 0 => Some(endpoint.clone()),
+            (_, hub) => Some(Endpoint { host: hub.host.clone(), port: QUIC_PORT }),
+        }
     }
 
     /// The directory of certificates.
@@ -261,7 +295,37 @@ impl Fields {
                 Vec::new()
             }
         };
+        if hubs.iter().any(|hub| hub.starts_with("quic://")) {
+            self.mistakes.push(
+                "hub: QUIC of KubeEdge is Google's QUIC of 2018 and does not check who the node is, so it is not offered; \
+                 give the WebSocket address, `wss://host:10000` (QUIC of our own hub is the key `quic`)"
+                    .into(),
+            );
+        }
+        let hubs = hubs.iter().filter(|hub| !hub.starts_with("quic://")).collect::<Vec<_>>();
         let hubs = hubs.iter().filter_map(|hub| self.endpoint("hub", hub, "wss", 10000)).collect();
+        // In YAML a bare `off` is `false`.
+        let off = self.fields.get("quic") == Some(&Value::Bool(false));
+        let quic = match (off && self.fields.remove("quic").is_some(), self.text("quic").as_deref())
+        {
+            (true, _) | (_, Some("off")) => Quic::Off,
+            (_, None) => Quic::Default,
+            (_, Some(url)) => {
+                self.endpoint("quic", url, "quic", QUIC_PORT).map_or(Quic::Off, Quic::At)
+            }
+        };
+        let beat = match self.fields.remove("beat") {
+            None | Some(Value::Null) => BEAT,
+            Some(value) => match value.as_u64().filter(|s| BEAT_RANGE_S.contains(s)) {
+                Some(seconds) => Duration::from_secs(seconds),
+                None => {
+                    let (least, most) = (BEAT_RANGE_S.start(), BEAT_RANGE_S.end());
+                    self.mistakes
+                        .push(format!("beat is not a number of seconds, {least} to {most}"));
+                    BEAT
+                }
+            },
+        };
         let enrol = self.text("enrol").unwrap_or_else(|| self.missing("enrol"));
         let enrol = match enrol.as_str() {
             "" => None,
@@ -311,12 +375,22 @@ impl Fields {
         let cluster_domain = self.text("clusterDomain").unwrap_or_else(|| "cluster.local".into());
         let cgroup_root = self.text("cgroupRoot");
         let resolv_conf = self.text("resolvConf").map(PathBuf::from);
+        let meta_server = self.text("metaServer").and_then(|text| {
+            let address = text.parse::<SocketAddr>().ok().filter(|it| it.ip().is_loopback());
+            if address.is_none() {
+                self.mistakes
+                    .push(format!("metaServer: `{text}` is not a loopback address with a port"));
+            }
+            address
+        });
         for key in self.fields.keys() {
             self.mistakes.push(format!("key `{key}` is not known"));
         }
         Config {
             node_name,
             hubs,
+            quic,
+            beat,
             enrol: enrol.unwrap_or(Endpoint { host: String::new(), port: 0 }),
             tunnel,
             token,
@@ -330,6 +404,7 @@ impl Fields {
             cluster_domain,
             cgroup_root,
             resolv_conf,
+            meta_server,
         }
     }
 
@@ -380,6 +455,23 @@ mod tests {
     }
 
     #[test]
+    fn quic_is_tried_beside_each_hub_unless_it_is_off() {
+        let config = check(LEAST).expect("enough");
+        assert_eq!(config.quic_of(0).map(|at| at.to_string()), Some("10.0.0.1:10001".into()));
+        let two = LEAST.replace("wss://10.0.0.1", "[wss://a, wss://b:1]");
+        let config = check(&format!("{two}quic: quic://c:7\n")).expect("two hubs");
+        let at = |hub| config.quic_of(hub).map(|at| at.to_string());
+        assert_eq!([at(0), at(1), at(2)], [Some("c:7".into()), Some("b:10001".into()), None]);
+        assert_eq!(check(&format!("{LEAST}quic: off\n")).expect("off").quic_of(0), None);
+        for beat in ["4", "301", "-1", "25s", "1.5"] {
+            let error = check(&format!("{LEAST}beat: {beat}\n")).expect_err(beat);
+            assert!(error.contains("beat is not a number of seconds, 5 to 300"), "{error}");
+        }
+        let error = check(&LEAST.replace("wss://", "quic://")).expect_err("Google's QUIC");
+        assert!(error.contains("does not check who the node is"), "{error}");
+    }
+
+    #[test]
     fn all_mistakes_are_told_together() {
         let error = check("nodeName: Edge_1\nhub: http://x\nport: 5\nlabels: [a]\nnodeIP: here\n")
             .expect_err("bad");
@@ -398,18 +490,20 @@ mod tests {
     }
 
     #[test]
-    fn file_of_kubeedge_is_refused_with_the_reason() {
+    fn file_of_kubeedge_that_cannot_be_used_is_refused_with_the_reasons() {
         let error = check("apiVersion: edgecore.config.kubeedge.io/v1alpha2\nkind: EdgeCore\n")
-            .expect_err("foreign");
-        assert!(error.contains("KubeEdge's own"), "{error}");
+            .expect_err("has no hub");
+        assert!(error.contains("modules.edgeHub.websocket.server is missing"), "{error}");
     }
 
     #[test]
     fn every_known_key_is_taken() {
         let mut text = LEAST.to_owned();
-        text += "tunnel: wss://[::1]:10004\ntokenFile: /t\npodDir: /p\npodLogDir: /l\nruntimeSocket: unix:///r.sock\n\
-            nodeIP: 10.0.0.2\nlabels: {site: lisbon}\nclusterDNS: [10.0.0.53]\nclusterDomain: x\ncgroupRoot: \"\"\nresolvConf: /r\n";
+        text += "quic: quic://hub.example\nbeat: 60\ntunnel: wss://[::1]:10004\ntokenFile: /t\npodDir: /p\npodLogDir: /l\nruntimeSocket: unix:///r.sock\n\
+            nodeIP: 10.0.0.2\nlabels: {site: lisbon}\nclusterDNS: [10.0.0.53]\nclusterDomain: x\ncgroupRoot: \"\"\nresolvConf: /r\nmetaServer: 127.0.0.1:10550\n";
         let config = check(&text).expect("all known");
+        let quic = Endpoint { host: "hub.example".into(), port: 10001 };
+        assert_eq!((config.quic_of(0), config.beat), (Some(quic), Duration::from_secs(60)));
         assert_eq!(config.tunnel.map(|tunnel| tunnel.to_string()), Some("[::1]:10004".into()));
         assert_eq!(config.runtime_socket, Path::new("/r.sock"));
         assert_eq!(config.token, Some(TokenSource::File("/t".into())));

@@ -1,13 +1,21 @@
 //! How the node gets, keeps and renews its certificate.
 //!
 //! First: fetch the CA without trust, compare it with the fingerprint in the join token, make a key here, ask for a
-//! certificate with the token. Later: ask with the certificate itself, between 70 and 90 percent of its life. The key
-//! never leaves the machine; files are 0600, written whole or not at all.
+//! certificate with the token. Later: ask with the certificate itself, between 50 and 70 percent of its life, over the
+//! link when the hub can, else over HTTPS as KubeEdge's edge does. The key never leaves the machine; files are 0600,
+//! written whole or not at all.
+//!
+//! An expired certificate is not thrown away: the hub takes it as proof of the key and renews it (amnesty). A token in
+//! the configuration that has not been used yet is a person's wish to join again, and is tried when it appears and when
+//! renewal is refused.
+//!
+//! The link shell calls [`ensure`] and runs [`keep_renewed`]; the agent hands pushes of the hub to [`handle_push`].
 //!
 //! Source: kubeedge/kubeedge, edge/pkg/edgehub/certificate/certmanager.go (sequence, headers, subject).
 
 use crate::config::{Config, Endpoint, TokenSource};
-use crate::tls::{self, Identity, TlsError};
+use crate::objects::LookupRequest;
+use crate::tls::{self, Identity, TlsError, Trust};
 use bytes::Bytes;
 use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
@@ -16,22 +24,49 @@ use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PKCS_ECDSA_P2
 use rustls::ClientConfig;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
-use skerry_edge_core::backoff::Random;
+use skerry_edge_core::backoff::{Backoff, Random};
+use skerry_protocol::capability::{self, Capabilities};
+use skerry_protocol::certificate::{
+    Bundle, CertificateReply, CertificateRequest, Der, bundle_node, bundle_resource, request_node,
+    request_resource,
+};
 use skerry_protocol::enrol::{
     CA_PATH, CERTIFICATE_PATH, JoinToken, NODE_NAME_HEADER, NODE_ORGANIZATION, TokenFormatError,
     common_name,
 };
+use skerry_protocol::{Message, ResourcePath};
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::time::Instant;
 
 /// The largest answer of the enrolment listener; a certificate has about one KiB.
 const ANSWER_LEN_MAX: usize = 64 * 1024;
 /// Time for one request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// The wall clock may jump, so the time of renewal is looked at again now and then.
+const LOOK_INTERVAL: Duration = Duration::from_secs(600);
+/// Bounds of the wait after a renewal that failed.
+const RETRY_BASE: Duration = Duration::from_secs(30);
+const RETRY_CAP: Duration = Duration::from_secs(3600);
+/// After a renewal, nobody may ask for the next one for this long: a hub that refuses a fresh certificate has another
+/// reason, which no renewal removes.
+const ASK_INTERVAL: Duration = Duration::from_secs(600);
+/// A renewal that the CAs in force ask for begins within this time, so that a fleet does not come at once.
+const FOLLOW_MAX: Duration = Duration::from_secs(60);
+/// The time file is written again when a certificate proves a time later than it by this much.
+const TIME_STEP_S: i64 = 86_400;
+
+const CA_FILE: &str = "ca.crt";
+const PAIR_FILE: &str = "edge.pem";
+/// Fingerprint of the token with which the node joined last.
+const TOKEN_FILE: &str = "joined-with";
+/// The latest time that a certificate has proven, Unix seconds.
+const TIME_FILE: &str = "time";
 
 /// CA and certificate of the node, in a directory of their own.
 #[derive(Debug, Clone)]
@@ -42,10 +77,45 @@ pub struct Pki {
 /// What TLS needs, from the disk.
 #[derive(Clone)]
 pub struct Credentials {
-    /// CA certificate, DER.
-    pub ca: Vec<u8>,
+    /// The CAs, and what they prove of the time.
+    pub ca: Trust,
     /// The node's certificate and key.
     pub identity: Identity,
+    renewal: Arc<Notify>,
+    tls: OnceLock<Arc<ClientConfig>>,
+}
+
+impl Credentials {
+    fn new(ca: Trust, identity: Identity, renewal: Arc<Notify>) -> Self {
+        ca.prove(identity.not_before);
+        Self { ca, identity, renewal, tls: OnceLock::new() }
+    }
+
+    /// The TLS configuration for these credentials, the same one each time, so that sessions are resumed. Clone it to
+    /// set another ALPN; the clone resumes too.
+    ///
+    /// # Errors
+    ///
+    /// [`TlsError::Config`] when the parts do not fit.
+    pub fn client_config(&self) -> Result<Arc<ClientConfig>, TlsError> {
+        if let Some(config) = self.tls.get() {
+            return Ok(config.clone());
+        }
+        let config = tls::client_config(&self.ca, Some(&self.identity))?;
+        Ok(self.tls.get_or_init(|| config).clone())
+    }
+
+    /// Asks [`keep_renewed`] for a new certificate now: the hub has said that this one is no longer good. Calls soon
+    /// after a renewal, and while the wait after a failed one is not over, cost nothing.
+    pub fn ask_renewal(&self) {
+        self.renewal.notify_one();
+    }
+}
+
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Credentials({} until {})", self.identity.common_name, self.identity.not_after)
+    }
 }
 
 /// Why the node has no certificate.
@@ -110,6 +180,18 @@ pub enum EnrolError {
         /// What went wrong.
         text: String,
     },
+    /// The hub did not renew over the link.
+    #[error("the hub did not renew the certificate over the link: {text}")]
+    Link {
+        /// Its words, or why there were none.
+        text: String,
+    },
+    /// What came as CA certificates is none.
+    #[error("the hub sent a bundle of CA certificates that is not usable: {text}")]
+    Bundle {
+        /// What is wrong.
+        text: String,
+    },
     /// A key or certificate request could not be made.
     #[error("could not make a key and certificate request")]
     Request(#[source] rcgen::Error),
@@ -128,7 +210,11 @@ impl EnrolError {
     pub fn is_transient(&self) -> bool {
         matches!(
             self,
-            Self::Connect(_) | Self::Failed { .. } | Self::Http { .. } | Self::File { .. }
+            Self::Connect(_)
+                | Self::Failed { .. }
+                | Self::Http { .. }
+                | Self::Link { .. }
+                | Self::File { .. }
         )
     }
 
@@ -162,15 +248,40 @@ impl Pki {
     ///
     /// [`EnrolError::File`] when a file cannot be read, [`EnrolError::Connect`] when it holds something else.
     pub fn load(&self, node: &str) -> Result<Option<Credentials>, EnrolError> {
-        let (Some(ca), Some(pem)) = (self.read("ca.crt")?, self.read("edge.pem")?) else {
+        let (Some(ca), Some(pem)) = (self.read(CA_FILE)?, self.read(PAIR_FILE)?) else {
             return Ok(None);
         };
-        let ca_path = self.dir.join("ca.crt");
-        let ca = CertificateDer::from_pem_slice(ca.as_bytes())
-            .map_err(|error| TlsError::Certificate { path: ca_path, reason: error.to_string() })?;
-        let identity = Identity::parse(&self.dir.join("edge.pem"), pem)?;
+        let bad = |reason: String| {
+            EnrolError::from(TlsError::Certificate { path: self.dir.join(CA_FILE), reason })
+        };
+        let cas: Vec<Vec<u8>> = CertificateDer::pem_slice_iter(ca.as_bytes())
+            .map(|ca| ca.map(|ca| ca.to_vec()))
+            .collect::<Result<_, _>>()
+            .map_err(|error| bad(error.to_string()))?;
+        if cas.is_empty() {
+            return Err(bad("it holds no certificate".into()));
+        }
+        let identity = Identity::parse(&self.dir.join(PAIR_FILE), pem)?;
+        // A time that is not readable proves nothing; the certificate itself proves enough.
+        let proven_s = self.read(TIME_FILE).ok().flatten();
+        let proven_s = proven_s.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
         let mine = identity.common_name == common_name(node);
-        Ok(mine.then(|| Credentials { ca: ca.to_vec(), identity }))
+        let trust = Trust::new(cas, proven_s);
+        Ok(mine.then(|| Credentials::new(trust, identity, Arc::default())))
+    }
+
+    fn save_cas(&self, cas: &[Vec<u8>]) -> Result<(), EnrolError> {
+        self.save(CA_FILE, &cas.iter().map(|ca| pem("CERTIFICATE", ca)).collect::<String>())
+    }
+
+    /// Writes the latest proven time when it is much later than what is there.
+    fn save_time(&self, trust: &Trust) -> Result<(), EnrolError> {
+        let saved = self.read(TIME_FILE).ok().flatten();
+        let saved_s = saved.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+        if trust.proven_s() < TIME_STEP_S.saturating_add(saved_s) {
+            return Ok(());
+        }
+        self.save(TIME_FILE, &trust.proven_s().to_string())
     }
 
     fn read(&self, name: &str) -> Result<Option<String>, EnrolError> {
@@ -202,40 +313,86 @@ impl Pki {
     }
 }
 
-/// Reads the credentials, or joins with the token.
+/// Reads the credentials, or joins with the token. With credentials there, a token that has not been used yet is tried
+/// first; when it does not hold, the credentials are good enough, also expired ones.
 ///
 /// # Errors
 ///
 /// [`EnrolError`]; see [`EnrolError::is_transient`].
 pub async fn ensure(config: &Config) -> Result<Credentials, EnrolError> {
     let pki = Pki::new(config.pki());
-    if let Some(credentials) = pki.load(&config.node_name)? {
-        let expired = credentials.identity.not_after <= jiff::Timestamp::now().as_second();
-        // An expired one is still worth a try when there is nothing else: the clock may be wrong.
-        if !expired || config.token.is_none() {
-            return Ok(credentials);
-        }
-        tracing::warn!(
-            node = config.node_name,
-            "the node's certificate has expired, joining again"
-        );
-    }
-    let token = match &config.token {
-        None => return Err(EnrolError::NoToken { node: config.node_name.clone() }),
-        Some(TokenSource::Text(text)) => text.clone(),
-        Some(TokenSource::File(path)) => fs::read_to_string(path)
-            .map_err(|source| EnrolError::TokenFile { path: path.clone(), source })?,
+    let Some(current) = pki.load(&config.node_name)? else {
+        let token = read_token(config)?
+            .ok_or_else(|| EnrolError::NoToken { node: config.node_name.clone() })?;
+        return join(&pki, config, &token, Arc::default()).await;
     };
-    join(&pki, &config.enrol, &config.node_name, &token.parse()?).await
+    if pki.read(TOKEN_FILE).ok().flatten().is_none() {
+        // Joined with an older version, or taken over from KubeEdge: the token that is there now counts as used.
+        let token = read_token(config).ok().flatten().unwrap_or_default();
+        if let Err(error) = pki.save(TOKEN_FILE, &token_fingerprint(&token)) {
+            // A full disk keeps no node from its hub.
+            tracing::warn!(error = crate::link::chain(&error), "the join token could not be noted");
+        }
+    }
+    match join_again(config, &pki, &current).await {
+        Some(Ok(next)) => Ok(next),
+        Some(Err(error)) => {
+            let error = crate::link::chain(&error);
+            tracing::warn!(
+                error,
+                "the new join token was of no use; going on with the certificate"
+            );
+            Ok(current)
+        }
+        None => Ok(current),
+    }
+}
+
+/// Joins with the token of the configuration if it is another one than the node joined with; `None` when it is not.
+async fn join_again(
+    config: &Config,
+    pki: &Pki,
+    current: &Credentials,
+) -> Option<Result<Credentials, EnrolError>> {
+    let token = new_token(config, pki)?;
+    tracing::info!(node = config.node_name, "there is a new join token, joining again");
+    Some(join(pki, config, &token, current.renewal.clone()).await)
+}
+
+/// The token of the configuration, unless the node joined with it.
+fn new_token(config: &Config, pki: &Pki) -> Option<String> {
+    // A token file that is gone was used and removed.
+    let token = read_token(config).ok().flatten()?;
+    let used = pki.read(TOKEN_FILE).ok().flatten()?;
+    (used.trim() != token_fingerprint(&token)).then_some(token)
+}
+
+fn read_token(config: &Config) -> Result<Option<String>, EnrolError> {
+    Ok(match &config.token {
+        None => None,
+        Some(TokenSource::Text(text)) => Some(text.trim().to_owned()),
+        Some(TokenSource::File(path)) => {
+            let text = fs::read_to_string(path)
+                .map_err(|source| EnrolError::TokenFile { path: path.clone(), source })?;
+            Some(text.trim().to_owned())
+        }
+    })
+}
+
+fn token_fingerprint(token: &str) -> String {
+    skerry_protocol::enrol::ca_hash(token.as_bytes())
 }
 
 async fn join(
     pki: &Pki,
-    endpoint: &Endpoint,
-    node: &str,
-    token: &JoinToken,
+    config: &Config,
+    text: &str,
+    renewal: Arc<Notify>,
 ) -> Result<Credentials, EnrolError> {
-    let request = Request::get(CA_PATH);
+    let (endpoint, node) = (&config.enrol, config.node_name.as_str());
+    let token: JoinToken = text.parse()?;
+    // Our listener has the CA of an older token too while a new CA is being introduced; KubeEdge's ignores the question.
+    let request = Request::get(format!("{CA_PATH}?sha256={}", token.ca_hash()));
     let ca = fetch(endpoint, tls::unverified_config(), request, Bytes::new(), node).await?;
     if !token.is_for_ca(&ca) {
         return Err(EnrolError::ForeignCa {
@@ -244,33 +401,381 @@ async fn join(
             expected: token.ca_hash().to_owned(),
         });
     }
-    let trusted = tls::client_config(&ca, None)?;
+    let trust = Trust::new(vec![ca.to_vec()], 0);
+    let trusted = tls::client_config(&trust, None)?;
     let bearer = Some(format!("Bearer {}", token.jwt()));
     let identity = request_certificate(endpoint, trusted, node, bearer).await?;
     // The CA first: a certificate without it would never be looked at.
-    pki.save("ca.crt", &pem("CERTIFICATE", &ca))?;
-    pki.save("edge.pem", &identity.pem)?;
+    pki.save_cas(&trust.cas)?;
+    pki.save(PAIR_FILE, &identity.pem)?;
+    pki.save(TOKEN_FILE, &token_fingerprint(text))?;
     tracing::info!(node, %endpoint, "joined the cluster");
-    Ok(Credentials { ca: ca.to_vec(), identity })
+    Ok(Credentials::new(trust, identity, renewal))
 }
 
-/// Gets a new certificate with a new key, shown the current one.
+/// Gets a new certificate with a new key over HTTPS, shown the current one.
 ///
 /// # Errors
 ///
 /// [`EnrolError`]; the current certificate stays then.
 pub async fn renew(config: &Config, current: &Credentials) -> Result<Credentials, EnrolError> {
-    let tls = tls::client_config(&current.ca, Some(&current.identity))?;
+    let tls = current.client_config()?;
     let identity = request_certificate(&config.enrol, tls, &config.node_name, None).await?;
-    Pki::new(config.pki()).save("edge.pem", &identity.pem)?;
-    Ok(Credentials { ca: current.ca.clone(), identity })
+    let pki = Pki::new(config.pki());
+    pki.save(PAIR_FILE, &identity.pem)?;
+    Ok(Credentials::new(current.ca.clone(), identity, current.renewal.clone()))
 }
 
-/// When to renew, in Unix seconds: evenly drawn between 70 and 90 percent of the lifetime.
+/// The same over the link; with the certificate come the CAs in force.
+async fn renew_on_link(
+    config: &Config,
+    current: &Credentials,
+    lookups: &mpsc::Sender<LookupRequest>,
+) -> Result<Credentials, EnrolError> {
+    let node = &config.node_name;
+    let (key, csr) = key_and_request(node)?;
+    let content = CertificateRequest { csr: Der(csr) };
+    let reply = ask(lookups, &request_resource(node), &content).await?;
+    let reply: CertificateReply = serde_json::from_value(reply)
+        .map_err(|error| EnrolError::Link { text: format!("its answer is not valid: {error}") })?;
+    let identity = identity_of(&key, &reply.certificate.0, Path::new("the link"))?;
+    let cas = checked_bundle(reply.bundle.into_iter().map(|ca| ca.0).collect())?;
+    let refused = |text: &str| EnrolError::Link { text: text.into() };
+    if identity.common_name != common_name(node) {
+        return Err(refused("it sent another node's certificate"));
+    }
+    if !is_signed_by_any(&reply.certificate.0, &cas) {
+        return Err(refused("it sent a certificate of a CA that is not in its bundle"));
+    }
+    let next = Credentials::new(current.ca.with_cas(cas), identity, current.renewal.clone());
+    // Fails when certificate and key do not belong together; better here than on the disk.
+    next.client_config()?;
+    let pki = Pki::new(config.pki());
+    if next.ca.cas != current.ca.cas {
+        pki.save_cas(&next.ca.cas)?;
+    }
+    pki.save(PAIR_FILE, &next.identity.pem)?;
+    Ok(next)
+}
+
+/// Asks the hub over the link, through the agent.
+async fn ask(
+    lookups: &mpsc::Sender<LookupRequest>,
+    resource: &str,
+    content: &impl serde::Serialize,
+) -> Result<serde_json::Value, EnrolError> {
+    let failed = |text: String| EnrolError::Link { text };
+    let path: ResourcePath = resource
+        .parse()
+        .map_err(|error: skerry_protocol::ResourceError| failed(error.to_string()))?;
+    let content = serde_json::to_value(content).expect("bodies have only string keys");
+    let (answer, found) = oneshot::channel();
+    let exchange = async {
+        let request = LookupRequest { path, content, answer };
+        lookups.send(request).await.map_err(|_| "the agent is stopping".to_owned())?;
+        found.await.unwrap_or_else(|_| Err("the agent is stopping".to_owned()))
+    };
+    match tokio::time::timeout(REQUEST_TIMEOUT, exchange).await {
+        Ok(Ok(Some(answer))) => Ok(answer),
+        Ok(Ok(None)) => Err(failed("it knows nothing of certificates".into())),
+        Ok(Err(text)) => Err(failed(text)),
+        Err(_) => Err(failed(format!("no answer within {} s", REQUEST_TIMEOUT.as_secs()))),
+    }
+}
+
+/// When to renew, in Unix seconds: evenly drawn between 50 and 70 percent of the lifetime.
 pub fn renewal_time_s(identity: &Identity, random: &mut Random) -> i64 {
     let lifetime_s = (identity.not_after - identity.not_before).max(0);
-    let permille = 700 + i64::try_from(random.below(201)).unwrap_or(0);
-    identity.not_before + lifetime_s / 1000 * permille
+    let permille = 500 + i64::try_from(random.below(201)).unwrap_or(0);
+    identity
+        .not_before
+        .saturating_add(lifetime_s / 1000 * permille + lifetime_s % 1000 * permille / 1000)
+}
+
+/// When a certificate is to be renewed, by a clock that may be wrong: what counts is the time that this process has
+/// held it, by the steady clock and by the wall clock, whichever says more (only one of them goes on in a suspended
+/// machine, and only the other is right).
+#[derive(Debug, Clone, Copy)]
+struct Schedule {
+    held_since: Instant,
+    held_since_wall_s: i64,
+    /// Age of the certificate then, seconds.
+    age_s: i64,
+    /// Age at which it is due, seconds.
+    due_s: i64,
+}
+
+impl Schedule {
+    /// `fresh` says that the certificate was issued just now, so that its age needs no clock.
+    fn new(
+        identity: &Identity,
+        trust: &Trust,
+        fresh: bool,
+        wall_s: i64,
+        random: &mut Random,
+    ) -> Self {
+        let now_s = wall_s.max(trust.proven_s());
+        Self {
+            held_since: Instant::now(),
+            held_since_wall_s: wall_s,
+            age_s: if fresh { 0 } else { now_s.saturating_sub(identity.not_before).max(0) },
+            due_s: renewal_time_s(identity, random).saturating_sub(identity.not_before),
+        }
+    }
+
+    /// The same, but due within `limit` from now.
+    fn sooner(self, limit: Duration, wall_s: i64, random: &mut Random) -> Self {
+        let ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let wait_s = i64::try_from(random.below(ms + 1) / 1000).unwrap_or(i64::MAX);
+        let now = Instant::now();
+        Self { due_s: self.due_s.min(self.age(now, wall_s).saturating_add(wait_s)), ..self }
+    }
+
+    fn age(&self, now: Instant, wall_s: i64) -> i64 {
+        let steady_s = i64::try_from((now - self.held_since).as_secs()).unwrap_or(i64::MAX);
+        let wall_s = wall_s.saturating_sub(self.held_since_wall_s);
+        self.age_s.saturating_add(steady_s.max(wall_s))
+    }
+
+    /// Time until it is due.
+    fn left(&self, now: Instant, wall_s: i64) -> Duration {
+        let left_s = self.due_s.saturating_sub(self.age(now, wall_s));
+        Duration::from_secs(u64::try_from(left_s).unwrap_or(0))
+    }
+}
+
+/// Renews the certificate when its time has come, when the hub asks for it ([`Credentials::ask_renewal`]), and when the
+/// CA that signs is another one than it is from; whoever dials next shows the new one. Also confirms to the hub which
+/// CAs are stored.
+///
+/// Ends when nobody holds the credentials any more.
+pub async fn keep_renewed(
+    config: Arc<Config>,
+    credentials: watch::Sender<Option<Arc<Credentials>>>,
+    lookups: mpsc::Sender<LookupRequest>,
+    seed: u64,
+) {
+    let mut random = Random::new(seed);
+    let mut changes = credentials.subscribe();
+    let current = changes.wait_for(Option::is_some).await.ok().and_then(|found| (*found).clone());
+    let Some(mut current) = current else { return };
+    let pki = Pki::new(config.pki());
+    let mut backoff = Backoff::between(RETRY_BASE, RETRY_CAP, random.next_u64());
+    let mut schedule = Schedule::new(&current.identity, &current.ca, false, wall_s(), &mut random);
+    if !is_of_active_ca(&current) {
+        schedule = schedule.sooner(FOLLOW_MAX, wall_s(), &mut random);
+    }
+    let (mut not_before, mut asked_not_before) = (Instant::now(), Instant::now());
+    // `ensure` has just tried what is there.
+    let mut tried = new_token(&config, &pki);
+    loop {
+        if let Err(error) = pki.save_time(&current.ca) {
+            let error = crate::link::chain(&error);
+            tracing::warn!(error, "the latest known time could not be written");
+        }
+        let wait = schedule.left(Instant::now(), wall_s()).min(LOOK_INTERVAL);
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {
+                if let Some(token) = new_token(&config, &pki).filter(|new| tried.as_ref() != Some(new)) {
+                    tried = Some(token);
+                    match join_again(&config, &pki, &current).await {
+                        Some(Ok(next)) => {
+                            credentials.send_replace(Some(Arc::new(next)));
+                        }
+                        Some(Err(error)) => {
+                            let hint = error.hint().unwrap_or_default();
+                            let error = crate::link::chain(&error);
+                            tracing::warn!(error, hint, "the new join token was of no use");
+                        }
+                        None => {}
+                    }
+                    continue;
+                }
+                if !schedule.left(Instant::now(), wall_s()).is_zero() {
+                    continue;
+                }
+            }
+            () = current.renewal.notified() => {
+                if Instant::now() < not_before.max(asked_not_before) {
+                    // Whoever asks does so again with the next refusal.
+                    continue;
+                }
+            }
+            changed = changes.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                // A renewal of ours, or a push; also one of what is stored already, when the hub has no note of it.
+                let newest = changes.borrow_and_update().clone();
+                if let Some(newest) = newest.filter(|newest| !Arc::ptr_eq(newest, &current)) {
+                    if newest.identity.pem != current.identity.pem {
+                        let (identity, trust) = (&newest.identity, &newest.ca);
+                        schedule = Schedule::new(identity, trust, true, wall_s(), &mut random);
+                    }
+                    current = newest;
+                    if !is_of_active_ca(&current) {
+                        schedule = schedule.sooner(FOLLOW_MAX, wall_s(), &mut random);
+                    }
+                }
+                confirm(&config, &current, &lookups).await;
+                continue;
+            }
+        }
+        tokio::time::sleep_until(not_before).await;
+        match renew_any_way(&config, &pki, &current, &lookups).await {
+            Ok(next) => {
+                let valid_until_s = next.identity.not_after;
+                tracing::info!(valid_until_s, "renewed the node's certificate");
+                schedule = Schedule::new(&next.identity, &next.ca, true, wall_s(), &mut random);
+                current = Arc::new(next);
+                credentials.send_replace(Some(current.clone()));
+                backoff.reset();
+                asked_not_before = Instant::now() + ASK_INTERVAL;
+            }
+            Err(error) => {
+                let wait = backoff.next_wait();
+                let hint = error.hint().unwrap_or_default();
+                let error = crate::link::chain(&error);
+                tracing::warn!(error, hint, ?wait, "could not renew the node's certificate");
+                not_before = Instant::now() + wait;
+            }
+        }
+    }
+}
+
+/// Over the link; else over HTTPS; else with a new token, if there is one.
+async fn renew_any_way(
+    config: &Config,
+    pki: &Pki,
+    current: &Credentials,
+    lookups: &mpsc::Sender<LookupRequest>,
+) -> Result<Credentials, EnrolError> {
+    match renew_on_link(config, current, lookups).await {
+        Ok(next) => return Ok(next),
+        Err(error) => {
+            let error = crate::link::chain(&error);
+            tracing::debug!(error, "no renewal over the link, trying HTTPS");
+        }
+    }
+    match renew(config, current).await {
+        Err(error) if !error.is_transient() => match join_again(config, pki, current).await {
+            Some(joined) => joined,
+            None => Err(error),
+        },
+        renewed => renewed,
+    }
+}
+
+/// Tells the hub which CAs are stored. When that fails, the hub has no note of it and pushes them again.
+async fn confirm(config: &Config, current: &Credentials, lookups: &mpsc::Sender<LookupRequest>) {
+    let bundle = Bundle { bundle: current.ca.cas.iter().map(|ca| Der(ca.clone())).collect() };
+    if let Err(error) = ask(lookups, &bundle_resource(&config.node_name), &bundle).await {
+        tracing::debug!(error = crate::link::chain(&error), "the stored CAs are not confirmed yet");
+    }
+}
+
+/// Takes a push of the hub about certificates: new CAs are stored and used from the next dial on, a demand wakes
+/// [`keep_renewed`]. `None` when the message is about something else. Acknowledge it only when this succeeded.
+///
+/// # Errors
+///
+/// [`EnrolError`]; nothing has changed then.
+pub fn handle_push(
+    config: &Config,
+    credentials: &watch::Sender<Option<Arc<Credentials>>>,
+    message: &Message,
+) -> Option<Result<(), EnrolError>> {
+    let resource = message.route.resource.as_str();
+    if bundle_node(resource) == Some(&config.node_name) {
+        return Some(store_bundle(config, credentials, message));
+    }
+    if request_node(resource) == Some(&config.node_name) {
+        if let Some(current) = &*credentials.borrow() {
+            current.ask_renewal();
+        }
+        return Some(Ok(()));
+    }
+    None
+}
+
+/// Stores the CAs that the hub pushed, and uses them from the next dial on.
+///
+/// # Errors
+///
+/// [`EnrolError::Bundle`] and [`EnrolError::File`]; nothing has changed then.
+pub fn store_bundle(
+    config: &Config,
+    credentials: &watch::Sender<Option<Arc<Credentials>>>,
+    message: &Message,
+) -> Result<(), EnrolError> {
+    let bundle: Bundle =
+        message.content_as().map_err(|error| EnrolError::Bundle { text: error.to_string() })?;
+    let cas = checked_bundle(bundle.bundle.into_iter().map(|ca| ca.0).collect())?;
+    let Some(current) = credentials.borrow().clone() else { return Ok(()) };
+    if current.ca.cas == cas {
+        // Sent again, so the hub does not know that it is here: a change without a difference makes it be confirmed.
+        credentials.send_modify(|_| {});
+        return Ok(());
+    }
+    Pki::new(config.pki()).save_cas(&cas)?;
+    tracing::info!(
+        authorities = cas.len(),
+        "the hub has told which certificate authorities are in force"
+    );
+    let trust = current.ca.with_cas(cas);
+    let next = Credentials::new(trust, current.identity.clone(), current.renewal.clone());
+    credentials.send_replace(Some(Arc::new(next)));
+    Ok(())
+}
+
+fn checked_bundle(cas: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, EnrolError> {
+    let bad = |text: String| EnrolError::Bundle { text };
+    if cas.is_empty() {
+        return Err(bad("it is empty".into()));
+    }
+    for ca in &cas {
+        let (_, certificate) =
+            x509_parser::parse_x509_certificate(ca).map_err(|error| bad(error.to_string()))?;
+        if !certificate.is_ca() {
+            return Err(bad(format!("`{}` is no CA", certificate.subject())));
+        }
+    }
+    Ok(cas)
+}
+
+fn is_of_active_ca(credentials: &Credentials) -> bool {
+    let der = CertificateDer::from_pem_slice(credentials.identity.pem.as_bytes());
+    // With one CA there is nothing to follow, whoever signed.
+    credentials.ca.cas.len() < 2
+        || der.is_ok_and(|der| is_signed_by_any(&der, &credentials.ca.cas[..1]))
+}
+
+fn is_signed_by_any(certificate: &[u8], cas: &[Vec<u8>]) -> bool {
+    let Ok((_, certificate)) = x509_parser::parse_x509_certificate(certificate) else {
+        return false;
+    };
+    cas.iter().any(|ca| {
+        x509_parser::parse_x509_certificate(ca)
+            .is_ok_and(|(_, ca)| certificate.verify_signature(Some(ca.public_key())).is_ok())
+    })
+}
+
+fn wall_s() -> i64 {
+    jiff::Timestamp::now().as_second()
+}
+
+fn key_and_request(node: &str) -> Result<(KeyPair, Vec<u8>), EnrolError> {
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(EnrolError::Request)?;
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::OrganizationName, NODE_ORGANIZATION);
+    params.distinguished_name.push(DnType::CommonName, common_name(node));
+    let csr = params.serialize_request(&key).map_err(EnrolError::Request)?;
+    Ok((key, csr.der().to_vec()))
+}
+
+fn identity_of(key: &KeyPair, der: &[u8], from: &Path) -> Result<Identity, EnrolError> {
+    Ok(Identity::parse(from, format!("{}{}", key.serialize_pem(), pem("CERTIFICATE", der)))?)
 }
 
 async fn request_certificate(
@@ -279,22 +784,17 @@ async fn request_certificate(
     node: &str,
     bearer: Option<String>,
 ) -> Result<Identity, EnrolError> {
-    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(EnrolError::Request)?;
-    let mut params = CertificateParams::default();
-    params.distinguished_name = DistinguishedName::new();
-    params.distinguished_name.push(DnType::OrganizationName, NODE_ORGANIZATION);
-    params.distinguished_name.push(DnType::CommonName, common_name(node));
-    let csr = params.serialize_request(&key).map_err(EnrolError::Request)?;
-    let csr = Bytes::copy_from_slice(csr.der());
-
-    let mut request = Request::get(CERTIFICATE_PATH).header(NODE_NAME_HEADER, node);
+    let (key, csr) = key_and_request(node)?;
+    // Says that we renew in time, so that a short life is no danger; KubeEdge's listener does not look.
+    let mut request = Request::get(CERTIFICATE_PATH)
+        .header(NODE_NAME_HEADER, node)
+        .header(capability::HEADER, Capabilities::OURS.to_string());
     if let Some(bearer) = bearer {
         request = request.header(http::header::AUTHORIZATION, bearer);
     }
-    let der = fetch(endpoint, tls, request, csr, node).await?;
-    let both = format!("{}{}", key.serialize_pem(), pem("CERTIFICATE", &der));
+    let der = fetch(endpoint, tls, request, Bytes::from(csr), node).await?;
     let from = PathBuf::from(format!("https://{endpoint}{CERTIFICATE_PATH}"));
-    let identity = Identity::parse(&from, both)?;
+    let identity = identity_of(&key, &der, &from)?;
     if identity.common_name != common_name(node) {
         return Err(EnrolError::Refused {
             endpoint: endpoint.clone(),
@@ -357,18 +857,21 @@ fn pem(label: &str, der: &[u8]) -> String {
     text + &format!("-----END {label}-----\n")
 }
 
-/// Removes the node's certificate, so that the next start joins again.
+/// Removes the node's certificate, so that the next start joins again, with whatever token there is.
 ///
 /// # Errors
 ///
 /// [`EnrolError::File`].
 pub fn forget(dir: &Path) -> Result<(), EnrolError> {
-    match fs::remove_file(dir.join("edge.pem")) {
-        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-            Err(EnrolError::File { path: dir.join("edge.pem"), source })
+    for name in [PAIR_FILE, TOKEN_FILE, TIME_FILE] {
+        match fs::remove_file(dir.join(name)) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                return Err(EnrolError::File { path: dir.join(name), source });
+            }
+            _ => {}
         }
-        _ => Ok(()),
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -376,17 +879,50 @@ mod tests {
     use super::*;
 
     #[test]
-    fn renewal_is_drawn_between_70_and_90_percent_of_the_life() {
-        let identity = Identity {
+    fn renewal_is_drawn_between_50_and_70_percent_of_the_life() {
+        for seed in 0..500 {
+            let at = renewal_time_s(&identity(), &mut Random::new(seed));
+            assert!((51_000..=71_000).contains(&at), "{at}");
+        }
+    }
+
+    fn identity() -> Identity {
+        Identity {
             pem: String::new(),
             common_name: String::new(),
             not_before: 1000,
             not_after: 101_000,
-        };
-        for seed in 0..500 {
-            let at = renewal_time_s(&identity, &mut Random::new(seed));
-            assert!((71_000..=91_000).contains(&at), "{at}");
         }
+    }
+
+    #[test]
+    fn wrong_clock_makes_a_renewal_early_at_worst_and_never_again_and_again() {
+        let mut random = Random::new(1);
+        let trust = Trust::new(Vec::new(), 0);
+        let mut left = |fresh: bool, wall_s: i64, later_s: u64, later_wall_s: i64| {
+            let schedule = Schedule::new(&identity(), &trust, fresh, wall_s, &mut random);
+            let later = schedule.held_since + Duration::from_secs(later_s);
+            schedule.left(later, later_wall_s).as_secs()
+        };
+        // A right clock.
+        assert!((50_000..=70_000).contains(&left(false, 1000, 0, 1000)));
+        assert_eq!(left(false, 90_000, 0, 90_000), 0);
+        // In 1970 the life is counted from when this process got hold of it; set right, it counts at once.
+        assert!((49_000..=70_000).contains(&left(false, 0, 1000, 1000)));
+        assert_eq!(left(false, 0, 10, 90_000), 0);
+        // In 2100 an old certificate is renewed at once, the new one is not.
+        let in_2100 = 4_102_444_800;
+        assert_eq!(left(false, in_2100, 0, in_2100), 0);
+        assert!((49_000..=70_000).contains(&left(true, in_2100, 1000, in_2100 + 1000)));
+        // Set back from there, nothing happens either.
+        assert!((49_000..=70_000).contains(&left(true, in_2100, 1000, 2000)));
+    }
+
+    #[test]
+    fn proven_time_counts_where_the_clock_knows_less() {
+        let trust = Trust::new(Vec::new(), 95_000);
+        let schedule = Schedule::new(&identity(), &trust, false, 0, &mut Random::new(1));
+        assert!(schedule.left(Instant::now(), 0).is_zero());
     }
 
     #[test]

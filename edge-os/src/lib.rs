@@ -3,15 +3,19 @@
 //! `agent` is the one owner of the node's state: it turns what the link, the pod engine and the timers say into calls
 //! of the machines in `skerry_edge_core`, and carries out what they answer. Everything else here is one kind of I/O.
 
+pub mod adopt;
 pub mod agent;
 pub mod config;
 pub mod containerd;
 pub mod cri;
 pub mod enrol;
+pub mod kubeedge;
 pub mod link;
 pub mod meta_store;
+pub mod metaserver;
 pub mod node;
 pub mod objects;
+mod outbox_store;
 pub mod pods;
 pub mod tls;
 pub mod tunnel;

@@ -2,8 +2,10 @@
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use skerry_edge::adopt::{self, AdoptError};
 use skerry_edge::agent::{self, AgentError};
 use skerry_edge::config::{Config, ConfigError};
+use skerry_edge::link;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,12 +25,19 @@ const BLOCKING_STACK_LEN: usize = 512 * 1024;
 #[command(
     name = "edgecore",
     version,
-    about = "Runs the pods of one edge node, with or without a link to the cloud."
+    about = "Runs the pods of one edge node, with or without a link to the cloud.",
+    args_conflicts_with_subcommands = true
 )]
 struct Arguments {
     #[command(subcommand)]
-    verb: Verb,
+    verb: Option<Verb>,
+    /// Without a verb: run with this file, as KubeEdge's service file starts its edgecore.
+    #[arg(long, default_value = KUBEEDGE_FILE)]
+    config: PathBuf,
 }
+
+/// Where KubeEdge's installer puts its configuration.
+const KUBEEDGE_FILE: &str = "/etc/kubeedge/config/edgecore.yaml";
 
 #[derive(Subcommand)]
 enum Verb {
@@ -40,6 +49,24 @@ enum Verb {
     },
     /// Stop and remove all pods of this node; forget its certificate and what it was told to run.
     Reset {
+        /// Configuration file (YAML).
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Take this node over from KubeEdge's EdgeCore, which must not run; running containers go on.
+    Adopt {
+        /// KubeEdge's configuration file.
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Give this node back to KubeEdge's EdgeCore; running containers go on.
+    Release {
+        /// KubeEdge's configuration file.
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Print how the link to the hub is, as JSON, as the running agent has last written it.
+    Status {
         /// Configuration file (YAML).
         #[arg(long)]
         config: PathBuf,
@@ -57,7 +84,7 @@ fn main() -> ExitCode {
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();
-    match run(arguments.verb) {
+    match run(arguments.verb.unwrap_or(Verb::Run { config: arguments.config })) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -84,19 +111,44 @@ fn run(verb: Verb) -> anyhow::Result<()> {
             println!("edgecore {}", env!("CARGO_PKG_VERSION"));
             Ok(())
         }
+        Verb::Status { config } => {
+            let dir = Config::read(&config)?.dir;
+            let facts = link::facts::read(&dir).context("could not read the state of the link")?;
+            println!("{}", serde_json::to_string(&facts)?);
+            Ok(())
+        }
         Verb::Run { config } => {
-            let config = Config::read(&config)?;
+            let path = config;
+            let config = Config::read(&path)?;
+            adopt::check_ours(&path, &config).map_err(anyhow::Error::msg)?;
             runtime().context("could not start the runtime")?.block_on(async {
                 let stop = stop_on_signal().context("could not listen for signals")?;
                 Ok(agent::run(config, stop).await?)
             })
         }
+        Verb::Adopt { config } => hand_over(&runtime()?, adopt::plan_adopt(&config)),
+        Verb::Release { config } => hand_over(&runtime()?, adopt::plan_release(&config)),
         Verb::Reset { config } => {
             let config = Config::read(&config)?;
             let reset = agent::reset(config);
             Ok(runtime().context("could not start the runtime")?.block_on(reset)?)
         }
     }
+}
+
+/// Prints what is planned as JSON, and does it when no container is restarted by it.
+fn hand_over(
+    runtime: &tokio::runtime::Runtime,
+    plan: impl Future<Output = Result<adopt::Plan, AdoptError>>,
+) -> anyhow::Result<()> {
+    let plan = runtime.block_on(plan)?;
+    println!("{}", serde_json::to_string(&plan)?);
+    let restarts = plan.restarts().count();
+    anyhow::ensure!(
+        restarts == 0,
+        "{restarts} container(s) would be restarted, so nothing was done"
+    );
+    Ok(plan.carry_out()?)
 }
 
 fn stop_on_signal() -> std::io::Result<CancellationToken> {
@@ -117,5 +169,6 @@ fn stop_on_signal() -> std::io::Result<CancellationToken> {
 
 fn hint(error: &anyhow::Error) -> Option<String> {
     let agent = error.downcast_ref::<AgentError>().and_then(AgentError::hint);
+    let agent = agent.or_else(|| error.downcast_ref::<AdoptError>().and_then(AdoptError::hint));
     agent.or_else(|| error.downcast_ref::<ConfigError>().and_then(ConfigError::hint))
 }

@@ -9,27 +9,36 @@
 //!
 //! The agent is the only caller.
 
+use crate::outbox_store;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params};
 use skerry_edge_core::meta::{Row, TOMBSTONES_MAX, Tombstone, Write};
+use skerry_edge_core::outbox;
 use skerry_edge_core::pods::backoff::RestartRecord;
+use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
 
 /// Version of the tables; [`MIGRATIONS`] leads to it.
 const SCHEMA_VERSION: usize = MIGRATIONS.len();
 /// Step `n` leads from version `n` to `n + 1`.
-const MIGRATIONS: [&str; 1] = ["
+const MIGRATIONS: [&str; 3] = [
+    "
     CREATE TABLE objects (key TEXT PRIMARY KEY, type TEXT NOT NULL, uid TEXT NOT NULL, rv TEXT NOT NULL,
         json TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE tombstones (seq INTEGER PRIMARY KEY, uid TEXT NOT NULL UNIQUE, version_min INTEGER NOT NULL);
     CREATE TABLE restart_state (pod_uid TEXT NOT NULL, container TEXT NOT NULL, json TEXT NOT NULL,
         PRIMARY KEY (pod_uid, container)) WITHOUT ROWID;
     CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-"];
+    ",
+    "
+    CREATE TABLE taken_over (container TEXT PRIMARY KEY, hash TEXT NOT NULL) WITHOUT ROWID;
+    ",
+    outbox_store::TABLE,
+];
 /// Memory that SQLite may use for pages, per connection.
 const CACHE_KIB: u32 = 256;
 /// Pages after which the WAL is written back (256 KiB).
@@ -74,6 +83,8 @@ pub struct Opened {
     pub rows: Vec<Row>,
     /// Deletes to remember, oldest first.
     pub tombstones: Vec<Tombstone>,
+    /// What is owed to the cluster, oldest first.
+    pub outbox: Vec<outbox::Row>,
     /// Whether the rows may be believed to be all.
     pub trust: Trust,
     /// Where a broken file was moved to, if there was one just now, and what was wrong with it.
@@ -155,6 +166,7 @@ enum Change {
     Trust(Trust),
     Restart(RestartRecord),
     ForgetRestarts(String),
+    Outbox(Vec<outbox::Change>),
 }
 
 struct Job {
@@ -211,6 +223,7 @@ impl Store {
             }
         };
         let (rows, tombstones) = read_all(&writer).map_err(database)?;
+        let outbox = outbox_store::read_all(&writer).map_err(database)?;
         let reader = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)
             .map_err(database)?;
         reader.pragma_update(None, "cache_size", -64).map_err(database)?;
@@ -223,7 +236,7 @@ impl Store {
             .map_err(in_file)?;
         let store =
             Self { jobs: Some(jobs), reader: Mutex::new(Some(reader)), thread: Some(thread) };
-        Ok((store, Opened { rows, tombstones, trust, broken }))
+        Ok((store, Opened { rows, tombstones, outbox, trust, broken }))
     }
 
     /// Makes a change of the desired state durable.
@@ -242,6 +255,40 @@ impl Store {
     /// [`WriteError`]; nothing is changed then.
     pub async fn set_trust(&self, trust: Trust) -> Result<(), WriteError> {
         self.change(Change::Trust(trust)).await
+    }
+
+    /// Makes changes of the outbox durable, all or none.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError`]; nothing is changed then.
+    pub async fn write_outbox(&self, changes: Vec<outbox::Change>) -> Result<(), WriteError> {
+        self.change(Change::Outbox(changes)).await
+    }
+
+    /// Returns the content of one row of the outbox. An unreadable row counts as none.
+    pub fn read_outbox(&self, seq: u64) -> Option<Arc<str>> {
+        let reader = self.reader.lock().expect("a read does not panic");
+        let reader = reader.as_ref().expect("present until drop");
+        outbox_store::read_content(reader, seq).unwrap_or_else(|error| {
+            tracing::error!(seq, %error, "could not read a row of the outbox");
+            None
+        })
+    }
+
+    /// Returns the stored JSON of every object of one type, by key. Unreadable rows count as none.
+    pub fn read_kind(&self, kind: &str) -> Vec<String> {
+        let reader = self.reader.lock().expect("a read does not panic");
+        let reader = reader.as_ref().expect("present until drop");
+        let read = || -> rusqlite::Result<Vec<String>> {
+            let mut query =
+                reader.prepare_cached("SELECT json FROM objects WHERE type = ?1 ORDER BY key")?;
+            query.query_map([kind], |row| row.get(0))?.collect()
+        };
+        read().unwrap_or_else(|error| {
+            tracing::error!(kind, %error, "could not read from the database");
+            Vec::new()
+        })
     }
 
     /// Returns the stored JSON of one object. An unreadable row counts as none; the next open finds out why.
@@ -297,6 +344,19 @@ impl crate::pods::RestartState for Store {
             tracing::error!(%error, "restart counts of a pod were not removed");
         }
     }
+
+    fn taken_over(&self) -> HashMap<String, String> {
+        let reader = self.reader.lock().expect("a read does not panic");
+        let reader = reader.as_ref().expect("present until drop");
+        let read = || -> rusqlite::Result<_> {
+            let mut query = reader.prepare("SELECT container, hash FROM taken_over")?;
+            query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
+        };
+        read().unwrap_or_else(|error| {
+            tracing::error!(%error, "could not read what was taken over from the database");
+            HashMap::new()
+        })
+    }
 }
 
 impl Drop for Store {
@@ -308,6 +368,65 @@ impl Drop for Store {
             let _ = thread.join();
         }
     }
+}
+
+/// Makes a database at `path`, where there is none, with everything in one transaction: for a node that is taken over
+/// from another agent. `taken_over` is [`crate::pods::RestartState::taken_over`].
+///
+/// # Errors
+///
+/// [`OpenError`]; what was begun may be left at `path` then.
+pub fn create(
+    path: &Path,
+    rows: &[Row],
+    taken_over: &HashMap<String, String>,
+) -> Result<(), OpenError> {
+    let database = |source| OpenError::Database { path: path.to_owned(), source };
+    let broken = |reason| {
+        database(rusqlite::Error::SqliteFailure(
+            rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CORRUPT),
+            Some(reason),
+        ))
+    };
+    let mut connection = sound_connection(path)?.map_err(broken)?;
+    let fill = |connection: &mut Connection| -> rusqlite::Result<()> {
+        let transaction = connection.transaction()?;
+        for row in rows {
+            let values = params![row.path, row.kind, row.uid, row.rv, row.json];
+            transaction
+                .prepare_cached("INSERT INTO objects VALUES (?1, ?2, ?3, ?4, ?5)")?
+                .execute(values)?;
+        }
+        for (container, hash) in taken_over {
+            transaction
+                .prepare_cached("INSERT INTO taken_over VALUES (?1, ?2)")?
+                .execute([container, hash])?;
+        }
+        set_trust(&transaction, Trust::Fresh)?;
+        transaction.commit()?;
+        // One file, whole: whoever renames it must not leave a part behind.
+        connection.pragma_update(None, "journal_mode", "DELETE")
+    };
+    fill(&mut connection).map_err(database)?;
+    connection.close().map_err(|(_, source)| database(source))
+}
+
+/// Reads every row of the database at `path`, which no agent uses now, and the number of events in its outbox.
+///
+/// # Errors
+///
+/// [`OpenError`] when it cannot be used, or is broken.
+pub fn read(path: &Path) -> Result<(Vec<Row>, usize), OpenError> {
+    let database = |source| OpenError::Database { path: path.to_owned(), source };
+    let connection = sound_connection(path)?.map_err(|reason| {
+        database(rusqlite::Error::SqliteFailure(
+            rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CORRUPT),
+            Some(reason),
+        ))
+    })?;
+    let (rows, _) = read_all(&connection).map_err(database)?;
+    let owed = outbox_store::read_all(&connection).map_err(database)?;
+    Ok((rows, owed.iter().filter(|row| row.kind == outbox::Kind::Event).count()))
 }
 
 /// Removes the database at `path` and every broken one that was kept beside it: secrets are in them.
@@ -403,6 +522,9 @@ fn apply<'a>(
             }
             Change::ForgetRestarts(uid) => {
                 transaction.execute("DELETE FROM restart_state WHERE pod_uid = ?1", [uid])?;
+            }
+            Change::Outbox(changes) => {
+                changes.iter().try_for_each(|change| outbox_store::apply(&transaction, change))?;
             }
         }
     }
@@ -622,6 +744,21 @@ mod tests {
         let left: Vec<_> = fs::read_dir(dir.path()).expect("a directory").flatten().collect();
         assert_eq!(left.len(), 1, "{left:?}");
         assert_eq!(Store::open(&path).expect("a new file").1.trust, Trust::Fresh);
+    }
+
+    #[test]
+    fn database_of_a_taken_over_node_is_one_whole_file() {
+        let dir = directory();
+        let path = dir.path().join("state.db");
+        let taken_over = HashMap::from([("c1".to_owned(), "hash".to_owned())]);
+        create(&path, &[row("a", "1"), row("b", "2")], &taken_over).expect("made");
+        let files: Vec<_> = fs::read_dir(dir.path()).expect("a directory").flatten().collect();
+        assert_eq!(files.len(), 1, "{files:?}");
+        let (rows, events) = read(&path).expect("readable");
+        assert_eq!((rows.len(), events), (2, 0));
+        let (store, opened) = Store::open(&path).expect("opens");
+        assert_eq!((opened.rows.len(), opened.trust), (2, Trust::Fresh));
+        assert_eq!(store.taken_over(), taken_over);
     }
 
     #[test]

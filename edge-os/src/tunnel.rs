@@ -1,46 +1,54 @@
 //! Container logs for the cloud: the node's end of the stream tunnel.
 //!
 //! One WebSocket to CloudCore; each log request is a stream of frames on it, answered by one task that reads the log
-//! file. Exec, attach and metrics are refused in words. The tunnel is a convenience: nothing else depends on it.
+//! file. Exec and attach are refused with an HTTP answer, which the cloud relays to whoever asked; metrics with a
+//! comment. The tunnel is a convenience: nothing else depends on it.
 //!
-//! Differs from KubeEdge: frames are Binary messages, which only our own CloudCore takes, and the server's certificate
-//! is checked.
+//! Frames go out as Text messages although they hold any bytes: a Go cloud takes nothing else. Differs from KubeEdge:
+//! the server's certificate is checked, a dead connection is noticed, and no stream can hold up the reader.
 //!
 //! Source: kubeedge/kubeedge, edge/pkg/edgestream and pkg/stream.
 
 use crate::config::{Config, Endpoint};
 use crate::enrol::Credentials;
-use crate::link::{chain, refusal, socket_config};
+use crate::link::chain;
+use crate::link::websocket::{self, Out, until};
 use crate::node;
 use crate::pods::{Engine, LogFile};
 use crate::tls;
-use futures::{SinkExt, StreamExt};
+use bytes::BytesMut;
 use http::Request;
 use jiff::Timestamp;
 use skerry_edge_core::backoff::Backoff;
 use skerry_edge_core::logs::{LogOptions, LogReader, LogTarget, Tail};
+use skerry_protocol::capability::BEAT_GRACE;
 use skerry_protocol::tunnel::{
-    ADDRESS_HEADER, CHUNK_LEN, Connect, Frame, FrameKind, NODE_HEADER, PATH,
+    ADDRESS_HEADER, CHUNK_LEN, Connect, DATA_LEN_MAX, Frame, FrameKind, NODE_HEADER, PATH,
 };
+use skerry_protocol::websocket::{Decoder, Message, Opcode, Role};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
-use tokio_tungstenite::tungstenite::{self, Message};
 use tokio_util::sync::CancellationToken;
 
 /// Streams open at once; the cloud gets a refusal for more.
 pub const STREAMS_MAX: usize = 32;
 /// Frames that wait for the socket; then the readers of files wait.
 const OUTGOING_MAX: usize = 16;
-/// Time between two WebSocket pings.
-const PING_INTERVAL: Duration = Duration::from_secs(10);
-/// Time without a byte after which the other end is gone.
-const SILENCE_MAX: Duration = Duration::from_secs(25);
+/// Bytes that wait for the socket; then nothing more is read, nor taken from the readers of files.
+const OUT_LEN_MAX: usize = 256 * 1024;
+/// The longest message: a frame with as much data as one may have, and its two numbers.
+const MESSAGE_LEN_MAX: usize = DATA_LEN_MAX + 20;
+/// Longest time between two pings: our hub gives a silent tunnel up after 30 s.
+const PING_INTERVAL_MAX: Duration = Duration::from_secs(25);
+/// A tunnel that lasted as long was a good one.
+const GOOD_TUNNEL: Duration = Duration::from_secs(25);
 /// Time between two looks at a followed file.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(250);
 
@@ -74,7 +82,7 @@ impl Tunnel {
                 let current = credentials.borrow().clone().expect("waited for");
                 let started = Instant::now();
                 let reason = self.session(&current).await;
-                if started.elapsed() > SILENCE_MAX {
+                if started.elapsed() > GOOD_TUNNEL {
                     backoff.reset();
                     told = false;
                 }
@@ -100,73 +108,97 @@ impl Tunnel {
         &self,
         credentials: &Credentials,
     ) -> Result<String, Box<dyn std::error::Error + Send + Sync>> {
-        let tls = tls::client_config(&credentials.ca, Some(&credentials.identity))?;
-        let stream = tls::connect(&self.endpoint, tls).await?;
+        let stream = tls::connect(&self.endpoint, credentials.client_config()?).await?;
         let address = self.config.node_ip.or_else(node::default_address);
-        let request = Request::get(format!("wss://{}{PATH}", self.endpoint))
+        let request = Request::get(PATH)
             .header("Host", self.endpoint.to_string())
-            .header("Connection", "Upgrade")
-            .header("Upgrade", "websocket")
-            .header("Sec-WebSocket-Version", "13")
-            .header("Sec-WebSocket-Key", tungstenite::handshake::client::generate_key())
             .header(NODE_HEADER, &self.config.node_name)
-            .header(ADDRESS_HEADER, address.map(|ip| ip.to_string()).unwrap_or_default())
-            .body(())?;
-        let (mut socket, _) =
-            tokio_tungstenite::client_async_with_config(request, stream, Some(socket_config()))
-                .await
-                .map_err(refusal)?;
+            .header(ADDRESS_HEADER, address.map(|ip| ip.to_string()).unwrap_or_default());
+        let opened = websocket::upgrade(stream, request).await?;
         tracing::debug!("log tunnel is up");
 
+        let (mut reader, mut writer) = tokio::io::split(opened.stream);
+        let mut incoming = opened.incoming;
+        let mut decoder = Decoder::new(Role::Client, MESSAGE_LEN_MAX);
+        let mut out = Out::default();
         let (outgoing, mut frames) = mpsc::channel::<Frame>(OUTGOING_MAX);
         let mut streams = Streams::default();
-        let mut ping = tokio::time::interval(PING_INTERVAL);
+        let beat = self.config.beat.min(PING_INTERVAL_MAX);
+        let mut ping = tokio::time::interval(beat);
         let mut heard = Instant::now();
         loop {
-            tokio::select! {
-                message = socket.next() => {
-                    heard = Instant::now();
-                    let bytes = match message {
-                        Some(Ok(Message::Binary(bytes))) => bytes,
-                        Some(Ok(Message::Text(text))) => text.into(),
-                        Some(Ok(Message::Close(_))) | None => return Ok("closed by the cloud".into()),
-                        Some(Ok(_)) => continue,
-                        Some(Err(error)) => return Err(error.into()),
-                    };
-                    match Frame::decode(&bytes) {
-                        Ok(frame) if frame.kind == FrameKind::CloseConnect => {
-                            return Ok(String::from_utf8_lossy(&frame.data).into_owned());
-                        }
-                        Ok(frame) => self.handle(frame, &outgoing, &mut streams),
-                        Err(error) => tracing::warn!(%error, "the cloud sent a bad tunnel frame"),
+            while out.bytes.len() < OUT_LEN_MAX {
+                let frame = match decoder.decode(&mut incoming)? {
+                    None => break,
+                    Some(Message::Close(_)) => return Ok("closed by the cloud".into()),
+                    Some(Message::Ping(bytes)) => {
+                        out.push(Opcode::Pong, &bytes);
+                        continue;
                     }
+                    Some(Message::Pong(_)) => continue,
+                    Some(Message::Text(bytes) | Message::Binary(bytes)) => Frame::decode(&bytes),
+                };
+                match frame {
+                    Ok(frame) if frame.kind == FrameKind::CloseConnect => {
+                        return Ok(String::from_utf8_lossy(&frame.data).into_owned());
+                    }
+                    Ok(frame) => self.handle(frame, &outgoing, &mut streams, &mut out),
+                    Err(error) => tracing::warn!(%error, "the cloud sent a bad tunnel frame"),
                 }
-                frame = frames.recv() => {
-                    let frame = frame.expect("a sender is held here");
-                    if frame.kind == FrameKind::RemoveConnect {
-                        streams.0.remove(&frame.connection);
+            }
+            if incoming.is_empty() && incoming.capacity() > CHUNK_LEN {
+                incoming = BytesMut::new();
+            }
+            let room = out.bytes.len() < OUT_LEN_MAX;
+            let stuck_at = out.stuck_at();
+            tokio::select! {
+                read = reader.read_buf(&mut incoming), if room => {
+                    if read? == 0 {
+                        return Ok("closed by the cloud".into());
                     }
-                    socket.send(Message::binary(frame.encode())).await?;
+                    heard = Instant::now();
+                }
+                written = out.write(&mut writer) => drop(written?),
+                () = until(stuck_at) => return Ok("the cloud does not read".into()),
+                frame = frames.recv(), if room => {
+                    let frame = frame.expect("a sender is held here");
+                    // The last frame of a stream that was ended meanwhile has been sent already.
+                    let open = match frame.kind {
+                        FrameKind::RemoveConnect => streams.0.remove(&frame.connection).is_some(),
+                        _ => streams.0.contains_key(&frame.connection),
+                    };
+                    if open {
+                        out.push(Opcode::Text, &frame.encode());
+                    }
                 }
                 _ = ping.tick() => {
-                    if heard.elapsed() >= SILENCE_MAX {
+                    if heard.elapsed() >= beat * 2 + BEAT_GRACE {
                         return Ok("nothing came from the cloud".into());
                     }
-                    socket.send(Message::Ping(Default::default())).await?;
+                    out.push(Opcode::Ping, b"ping you");
                 }
             }
         }
     }
 
-    fn handle(&self, frame: Frame, outgoing: &mpsc::Sender<Frame>, streams: &mut Streams) {
+    /// Never waits: what has to be said goes into `out`, and a stream has a task of its own.
+    fn handle(
+        &self,
+        frame: Frame,
+        outgoing: &mpsc::Sender<Frame>,
+        streams: &mut Streams,
+        out: &mut Out,
+    ) {
         let connection = frame.connection;
-        let refuse = |text: &str| {
-            let (outgoing, text) = (outgoing.clone(), text.to_owned());
-            tokio::spawn(async move { finish(&outgoing, connection, text).await });
+        let mut say = |kind, data: &[u8]| {
+            out.push(Opcode::Text, &Frame::new(connection, kind, data).encode());
         };
         match frame.kind {
+            // A number that is in use cannot be the cloud's next one.
+            FrameKind::LogsConnect if streams.0.contains_key(&connection) => {}
             FrameKind::LogsConnect if streams.0.len() >= STREAMS_MAX => {
-                refuse("too many log streams are open on this node\n");
+                say(FrameKind::Data, b"too many log streams are open on this node\n");
+                say(FrameKind::RemoveConnect, &[]);
             }
             FrameKind::LogsConnect => {
                 let (engine, outgoing) = (self.engine.clone(), outgoing.clone());
@@ -179,19 +211,36 @@ impl Tunnel {
                 });
                 streams.0.insert(connection, task.abort_handle());
             }
-            FrameKind::ExecConnect => refuse("exec is not supported on this node yet\n"),
-            FrameKind::AttachConnect => refuse("attach is not supported on this node yet\n"),
-            FrameKind::MetricConnect => refuse("metrics are not supported on this node yet\n"),
+            FrameKind::ExecConnect | FrameKind::AttachConnect => {
+                let verb = if frame.kind == FrameKind::ExecConnect { "exec" } else { "attach" };
+                say(FrameKind::Data, not_implemented(verb).as_bytes());
+                say(FrameKind::RemoveConnect, &[]);
+            }
+            FrameKind::MetricConnect => {
+                // The cloud has answered 200 already, to somebody who reads lines in Prometheus' format.
+                say(FrameKind::Data, b"# metrics are not supported on this node yet\n");
+                say(FrameKind::RemoveConnect, &[]);
+            }
             FrameKind::RemoveConnect => {
                 // KubeEdge's cloud repeats this frame in a tight loop until it is answered, once.
                 if let Some(task) = streams.0.remove(&connection) {
                     task.abort();
-                    refuse("");
+                    say(FrameKind::RemoveConnect, &[]);
                 }
             }
             FrameKind::Data | FrameKind::CloseConnect => {}
         }
     }
+}
+
+/// The answer to a request that wants to upgrade: the cloud relays these bytes to whoever asked, as they are.
+fn not_implemented(verb: &str) -> String {
+    let text = format!("{verb} is not supported on this node yet\n");
+    format!(
+        "HTTP/1.1 501 Not Implemented\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\n\
+         Connection: close\r\n\r\n{text}",
+        text.len()
+    )
 }
 
 /// Tasks of open streams; they end with the connection.

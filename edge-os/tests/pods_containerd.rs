@@ -3,6 +3,7 @@
 //! Each test has a containerd of its own below a temporary directory and leaves no process, mount
 //! or interface behind. Without root or without the programs, a test says so and passes.
 
+mod pods_adopt;
 mod pods_support;
 
 use std::sync::Arc;

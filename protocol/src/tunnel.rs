@@ -1,8 +1,8 @@
 //! Frames of the stream tunnel: logs, and later exec, attach and metrics, over one WebSocket per node.
 //!
 //! One WebSocket message is one frame: `uvarint connection`, `uvarint type`, `data` (unsigned LEB128 as in Go's
-//! encoding/binary). Our peers send Binary messages. A KubeEdge peer sends and wants Text messages that hold arbitrary
-//! bytes, which is not valid WebSocket; that is not supported here.
+//! encoding/binary). A KubeEdge cloud wants Text messages and ends the tunnel at any other, although they hold arbitrary
+//! bytes, which is not valid WebSocket; [`crate::websocket`] does not check that. Its edge takes Binary messages too.
 //!
 //! CloudCore's tunnel listener and EdgeCore's tunnel are the callers.
 //!

@@ -113,7 +113,7 @@ fn opening_handshake_carries_node_project_and_use() {
 fn messages_over_the_bound_are_refused_before_they_are_parsed() {
     let long = vec![b' '; skerry_protocol::message::MESSAGE_LEN_MAX + 1];
     let error = Message::decode(&long).expect_err("too long");
-    assert_eq!(error.to_string(), "message of 16777217 bytes is over the bound of 16777216 bytes");
+    assert_eq!(error.to_string(), "message of 33554433 bytes is over the bound of 33554432 bytes");
 }
 
 #[test]

@@ -19,11 +19,25 @@ const KUBEEDGE_POD_RUNNING: f64 = 1.3;
 const RUNS: usize = 7;
 
 /// Runs one bench by name.
-pub(crate) fn run(name: &str, profile: &str) -> Result<()> {
+pub(crate) fn run(name: &str, profile: &str, more: &[String]) -> Result<()> {
     match name {
-        "up" => up(profile),
-        other => bail!("no bench `{other}`\nhint: there is `up`"),
+        "up" if more.is_empty() => up(profile),
+        "up" => bail!("bench `up` takes no further arguments"),
+        "link" => link(profile, more),
+        other => bail!("no bench `{other}`\nhint: there are `up` and `link`"),
     }
+}
+
+/// The link's figures; `skerry-bench` measures them, with namespaces and processes of its own.
+fn link(profile: &str, more: &[String]) -> Result<()> {
+    setup::run(true)?;
+    let programs = build::programs(profile)?;
+    let folder = programs.edgecore.parent().context("a program lies in a folder")?;
+    let mut command = Command::new(folder.join("skerry-bench"));
+    command.args(["link", "--programs"]).arg(folder).args(more);
+    let status = command.status().context("could not start `skerry-bench`")?;
+    ensure!(status.success(), "`skerry-bench link` failed ({status})");
+    Ok(())
 }
 
 fn up(profile: &str) -> Result<()> {

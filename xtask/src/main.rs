@@ -1,4 +1,4 @@
-//! What a person types in this repository: `cargo xtask setup|up|test|bench|conformance|facts`.
+//! What a person types in this repository: `cargo xtask setup|up|test|bench|conformance|sim|fuzz|interop|facts`.
 //!
 //! It installs what is missing, builds the programs and drives them from outside, as an operator would; it links none
 //! of them. Standard output is data, standard error is talk.
@@ -12,10 +12,13 @@ mod build;
 mod conformance;
 mod facts;
 mod fleet;
+mod fuzz;
 mod images;
+mod interop;
 mod relay;
 mod setup;
 mod sh;
+mod sim;
 mod smoke;
 mod test;
 mod up;
@@ -45,14 +48,26 @@ enum Verb {
     },
     /// Measure, and print one JSON line per figure
     Bench {
-        /// `up`
+        /// `up` or `link`
         name: String,
         /// Cargo profile of the programs
         #[arg(long, default_value = "release")]
         profile: String,
+        /// Further arguments of the bench, after `--`: `link -- --help` lists them
+        #[arg(last = true)]
+        more: Vec<String>,
     },
     /// Run the kubectl contract suite against a cluster (default: a fleet started for it)
     Conformance(conformance::Args),
+    /// Simulate the link between hubs and nodes, one world per seed
+    Sim(sim::Args),
+    /// Feed everything that reads what a peer sends with seeded inputs
+    Fuzz(fuzz::Args),
+    /// Run our two ends and KubeEdge's in four combinations through one script
+    Interop(interop::Args),
+    /// What `interop` starts in namespaces of its own
+    #[command(hide = true)]
+    InteropRoom { plan: PathBuf },
     /// Rebuild the table of Kubernetes facts that the embedded API is made from
     Facts {
         /// `_definitions.json` of the Kubernetes JSON schemas
@@ -69,8 +84,14 @@ fn main() -> ExitCode {
         Verb::Setup { tests } => setup::run(tests).map(|()| ExitCode::SUCCESS),
         Verb::Up(args) => up::run(args),
         Verb::Test { quick } => test::run(quick).map(|()| ExitCode::SUCCESS),
-        Verb::Bench { name, profile } => bench::run(&name, &profile).map(|()| ExitCode::SUCCESS),
+        Verb::Bench { name, profile, more } => {
+            bench::run(&name, &profile, &more).map(|()| ExitCode::SUCCESS)
+        }
         Verb::Conformance(args) => conformance::run(args),
+        Verb::Sim(args) => sim::run(args),
+        Verb::Fuzz(args) => fuzz::run(args),
+        Verb::Interop(args) => interop::run(args),
+        Verb::InteropRoom { plan } => interop::inside(&plan),
         Verb::Facts { definitions, k8s_pb, out } => {
             facts::run(&definitions, &k8s_pb, &out).map(|()| ExitCode::SUCCESS)
         }

@@ -2,6 +2,7 @@
 //! finalizers of Namespaces, first status of Pods.
 
 use crate::api::{Api, store_failed};
+use crate::auth::User;
 use crate::store::Range;
 use serde_json::{Value, json};
 use skerry_apiserver_core::catalog::{Catalog, Resource};
@@ -18,6 +19,9 @@ pub(crate) const API_ADDRESS: &str = "10.96.0.1";
 const NODE_PORTS: std::ops::RangeInclusive<u16> = 30000..=32767;
 /// Life of an Event after its last change, as in Kubernetes.
 const EVENT_LIFE: Duration = Duration::from_secs(3600);
+/// Life of a signing request after its last change, as of one that nobody decides about in Kubernetes.
+const SIGNING_REQUEST_LIFE: Duration = Duration::from_secs(24 * 3600);
+const CERTIFICATES: &str = "certificates.k8s.io";
 /// Keeps a definition until its objects are gone.
 pub(crate) const CRD_FINALIZER: &str = "customresourcecleanup.apiextensions.k8s.io";
 
@@ -28,12 +32,36 @@ pub(crate) fn draws_addresses(resource: &Resource, object: &Value) -> bool {
 
 /// How long objects of a resource live after their last change; `None`: until they are deleted.
 pub(crate) fn lifetime(group: &str, plural: &str) -> Option<Duration> {
-    (group.is_empty() && plural == "events").then_some(EVENT_LIFE)
+    match (group, plural) {
+        ("", "events") => Some(EVENT_LIFE),
+        (CERTIFICATES, "certificatesigningrequests") => Some(SIGNING_REQUEST_LIFE),
+        _ => None,
+    }
 }
 
 /// Whether an update has to name the revision that it is based on.
 pub(crate) fn needs_revision(resource: &Resource) -> bool {
     resource.custom || is(resource, "apiextensions.k8s.io", "customresourcedefinitions")
+}
+
+/// Writes who asks into a signing request, whatever its body says.
+pub(super) fn note_requester(resource: &Resource, object: &mut Value, user: &User) {
+    if !is(resource, CERTIFICATES, "certificatesigningrequests") || !object["spec"].is_object() {
+        return;
+    }
+    let spec = &mut object["spec"];
+    spec["username"] = user.name.as_str().into();
+    spec["groups"] = user.groups.clone().into();
+    if let Some(map) = spec.as_object_mut() {
+        map.remove("uid");
+        map.remove("extra");
+    }
+    if !user.uid.is_empty() {
+        spec["uid"] = user.uid.as_str().into();
+    }
+    if !user.extra.is_empty() {
+        spec["extra"] = json!(user.extra);
+    }
 }
 
 /// Completes a defaulted object before it is validated and stored for the first time.
@@ -91,6 +119,9 @@ pub(crate) async fn before_update(
             }
             assign_addresses(api, object, Some(live)).await?;
         }
+        (CERTIFICATES, "certificatesigningrequests") => {
+            check_decision(live, object, subresource)?;
+        }
         ("apiextensions.k8s.io", "customresourcedefinitions")
             if live["metadata"]["deletionTimestamp"].is_null() =>
         {
@@ -145,6 +176,56 @@ impl Api {
 
 fn is(resource: &Resource, group: &str, plural: &str) -> bool {
     &*resource.group == group && &*resource.plural == plural
+}
+
+/// A decision on a signing request is made at `approval`, once, and never taken back; all else of its status elsewhere.
+fn check_decision(live: &Value, object: &mut Value, subresource: &str) -> Result<(), ApiError> {
+    let name = live["metadata"]["name"].as_str().unwrap_or_default();
+    let decided = |object: &Value, kind: &str| {
+        let conditions = object["status"]["conditions"].as_array();
+        conditions.is_some_and(|list| list.iter().any(|one| one["type"] == kind))
+    };
+    let refuse = |detail: String| {
+        let error = FieldError {
+            field: "status.conditions".into(),
+            reason: "FieldValueForbidden",
+            message: format!("Forbidden: {detail}"),
+        };
+        Err(ApiError::invalid(CERTIFICATES, "CertificateSigningRequest", name, &[error]))
+    };
+    for kind in ["Approved", "Denied"] {
+        match (decided(live, kind), decided(object, kind)) {
+            (true, false) => {
+                return refuse(format!("updates may not remove a condition of type \"{kind}\""));
+            }
+            (false, true) if subresource != "approval" => {
+                return refuse(format!("updates may not add a condition of type \"{kind}\""));
+            }
+            _ => {}
+        }
+    }
+    if decided(object, "Approved") && decided(object, "Denied") {
+        return refuse("Approved and Denied conditions are mutually exclusive".into());
+    }
+    if subresource == "approval" {
+        let certificate = live["status"]["certificate"].clone();
+        if certificate.is_null() {
+            if let Some(status) = object["status"].as_object_mut() {
+                status.remove("certificate");
+            }
+        } else {
+            object["status"]["certificate"] = certificate;
+        }
+        let now = super::write::now();
+        for condition in object["status"]["conditions"].as_array_mut().into_iter().flatten() {
+            for field in ["lastUpdateTime", "lastTransitionTime"] {
+                if condition[field].is_null() {
+                    condition[field] = now.as_str().into();
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a definition that could not be served, and writes the status of one that can: it is established at once,

@@ -6,6 +6,7 @@ mod documents;
 pub(crate) mod kinds;
 mod read;
 mod reviews;
+mod service_accounts;
 mod shape;
 mod subresources;
 mod watch;

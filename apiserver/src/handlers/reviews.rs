@@ -1,10 +1,12 @@
 //! Kinds that are answered and not stored: what may I do, who am I, bind this pod.
 
 use super::body;
+use super::service_accounts::texts;
 use crate::api::Api;
 use crate::auth::{Attributes, User, rules_of};
 use crate::http::{Answer, Call};
 use crate::route::Target;
+use crate::service_tokens::ISSUER;
 use serde_json::{Value, json};
 use skerry_apiserver_core::catalog::{Catalog, Resource};
 use skerry_apiserver_core::status::ApiError;
@@ -47,8 +49,18 @@ impl Api {
             }
             ("authentication.k8s.io", "tokenreviews") => {
                 let token = review["spec"]["token"].as_str().unwrap_or_default();
-                review["status"] = match self.tokens.user(token) {
-                    Some(user) => json!({"authenticated": true, "user": user.to_value()}),
+                let mut audiences = texts(&review["spec"]["audiences"]);
+                if audiences.is_empty() {
+                    audiences.push(ISSUER.into());
+                }
+                let user = match self.tokens.user(token) {
+                    Some(user) => Some(user),
+                    None => self.service_account(token, &audiences).await,
+                };
+                review["status"] = match user {
+                    Some(user) => json!({
+                        "authenticated": true, "user": user.to_value(), "audiences": audiences,
+                    }),
                     None => json!({"authenticated": false, "error": "token is not known"}),
                 };
             }

@@ -4,6 +4,7 @@ use super::delete::DeleteOptions;
 use super::write::{Options, Writer};
 use super::{body, shape};
 use crate::api::{Api, Warnings, key};
+use crate::auth::Attributes;
 use crate::http::{Answer, Call};
 use crate::nodes::NodeStreamError;
 use crate::route::Target;
@@ -60,6 +61,15 @@ impl Api {
                 self.bind(&call, &catalog, &resource, &target, &name, &body).await
             }
             ("", "pods", "eviction", "create") => self.evict(&call, &resource, &target).await,
+            ("", "serviceaccounts", "token", "create") => {
+                self.request_token(&call, &resource, &target).await
+            }
+            ("certificates.k8s.io", _, "approval", "get") => {
+                self.get(&call, &resource, &target).await
+            }
+            ("certificates.k8s.io", _, "approval", _) => {
+                self.approve(&call, &catalog, &resource, &target, warnings).await
+            }
             ("", "pods", "log", "get") => self.log(&call, &resource, &target).await,
             ("", "namespaces", "finalize", "update") => {
                 self.finalize(&call, &catalog, &resource, &target).await
@@ -184,6 +194,28 @@ impl Api {
             })
             .await?;
         Ok(Answer::created(success()))
+    }
+
+    /// Writes a decision on a signing request, if the user may decide for its signer.
+    async fn approve(
+        &self,
+        call: &Call,
+        catalog: &Catalog,
+        resource: &Resource,
+        target: &Target,
+        warnings: &mut Warnings,
+    ) -> Result<Answer, ApiError> {
+        let name = target.name.as_deref().unwrap_or_default();
+        let live = self.get_stored(resource, &key(resource, None, name)).await?;
+        let wanted = Attributes {
+            verb: "approve".into(),
+            group: target.group.clone(),
+            resource: "signers".into(),
+            name: live["spec"]["signerName"].as_str().unwrap_or_default().into(),
+            ..Attributes::default()
+        };
+        self.allow(&call.user, &wanted)?;
+        self.change(call, catalog, resource, target, warnings).await
     }
 
     /// Deletes a pod the polite way. There are no disruption budgets yet, so nothing is ever refused.

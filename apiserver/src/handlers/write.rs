@@ -132,6 +132,7 @@ impl Api {
         let options = Options::of(call)?;
         let mut object = body::read(call)?;
         body::expect_kind(&mut object, resource)?;
+        kinds::note_requester(resource, &mut object, &call.user);
         let writer = Writer { api: self, catalog, resource, options: &options };
         let namespace = target.namespace.as_deref();
         let written = writer.create(namespace, target.name.as_deref(), object, warnings).await?;
@@ -258,9 +259,10 @@ impl Writer<'_> {
             metadata.insert("uid".into(), uuid::Uuid::new_v4().to_string().into());
             metadata.insert("creationTimestamp".into(), now.into());
         }
-        if resource.has_status
-            && let Some(map) = object.as_object_mut()
-        {
+        // A node registers with its status; every other kind begins without one.
+        let begins_without =
+            resource.has_status && !(resource.group.is_empty() && &*resource.kind == "Node");
+        if begins_without && let Some(map) = object.as_object_mut() {
             map.remove("status");
         }
         // Held from here to the commit when the kind draws addresses from a pool.
@@ -491,7 +493,7 @@ impl Writer<'_> {
 
     /// Makes `new` a proper successor of `live` and stores it.
     ///
-    /// `subresource` is `status` for writes to the status, another name for the server's own writes to the whole
+    /// `subresource` is `status` (or `approval`) for writes to the status, another name for the server's own writes to the whole
     /// object, empty for the main path. `owned` says that field ownership is settled already (server-side apply).
     async fn settle(
         &self,
@@ -520,7 +522,7 @@ impl Writer<'_> {
             expect_same(&new, "namespace", &key.namespace)?;
         }
 
-        if subresource == "status" {
+        if matches!(subresource, "status" | "approval") {
             let mut whole = live.clone();
             copy_field(&new, &mut whole, "status");
             whole["metadata"]["managedFields"] = new["metadata"]["managedFields"].take();

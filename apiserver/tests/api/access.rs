@@ -225,3 +225,17 @@ async fn client_in_the_process_streams_a_large_list() {
     let packed = body.collect().await.unwrap().to_bytes();
     assert!(packed.len() < 100_000 && packed.starts_with(&[0x1f, 0x8b]));
 }
+
+#[tokio::test]
+async fn openapi_2_is_there_in_json_and_in_protobuf_for_clients_that_ask() {
+    let server = Server::start().await;
+    let (code, _, document) = send(&server.admin(), "GET", "/openapi/v2", &[], b"").await;
+    assert_eq!((code, document["swagger"].as_str()), (200, Some("2.0")));
+    let accept = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf";
+    let request = http::Request::get("/openapi/v2?timeout=32s").header("accept", accept);
+    let request = request.body(kube::client::Body::empty()).unwrap();
+    let (head, body) = server.admin().send(request).await.unwrap().into_parts();
+    assert_eq!(head.headers["content-type"], accept.replace('@', "."));
+    let bytes = body.collect().await.unwrap().to_bytes();
+    assert!(bytes.starts_with(b"\x0a\x032.0\x12"), "{bytes:?}");
+}

@@ -3,6 +3,7 @@
 mod access;
 mod apply;
 mod custom;
+mod identity;
 mod lifecycle;
 mod objects;
 mod support;

@@ -1,40 +1,86 @@
 //! What each node should have, and the messages that take it there.
 //!
-//! A node should have its own Node object, the pods bound to it, and the ConfigMaps and Secrets that its live pods
-//! refer to; nothing else, and nothing of another node. [`Downstream`] holds that, and beside it what each connected
-//! node is known to hold. Every input that changes one side compares the two for the objects concerned, and the
-//! difference goes out. There is no log of events, so a lost event cannot be missed twice.
+//! A node should have its own Node object, the pods bound to it, the ConfigMaps, Secrets and ServiceAccountAccesses
+//! that its live pods refer to, the devices placed on it and their models; nothing else, and nothing of another node.
+//! [`Downstream`] holds that, and beside it what each connected node is known to hold. Every input that changes one
+//! side marks the objects concerned, and the difference goes out. There is no log of events, so a lost event cannot be
+//! missed twice.
 //!
 //! A change that matters to no node is not sent: `metadata.resourceVersion`, `managedFields` and `generation`, and the
 //! status, which the node itself writes (except conditions that are readiness gates, which others write). KubeEdge
-//! sends those echoes; its edge does not need them.
+//! sends those echoes; its edge does not need them. A Node goes without `status.images`, which the node reported.
+//!
+//! # Flow
+//!
+//! At most [`OUTSTANDING_MAX`] messages and [`OUTSTANDING_LEN_MAX`] bytes are with a connection and not acknowledged,
+//! and at most one of them per object. Everything else that differs waits as a key, in the order of [`Kind`], and is
+//! written from the state of the moment when acknowledgements make room: a node that does not answer costs keys, ten
+//! changes meanwhile are one message later, and what came and went meanwhile is none. What a pod or a device needs goes
+//! before it and leaves after it. Objects that an application watches ([`Input::Pushed`]) are not state of ours and
+//! wait with their text, up to [`PUSHED_MAX`] and [`PUSHED_LEN_MAX`] per node; a node beyond that is cut.
 //!
 //! # After a reconnect
 //!
 //! - Our own edge tells what it holds ([`skerry_protocol::digest`]). Until then, at most [`DIGEST_WAIT`], nothing is
-//!   pushed; then only differences are, deletes included, and at the end the response to the digest.
-//! - A KubeEdge edge tells nothing, so every live object is pushed again as `update`. Objects that went away while it
-//!   was gone are deleted as far as this process knows what that node had been sent. **After a restart of CloudCore
-//!   that knowledge is gone**: a KubeEdge edge then keeps what was deleted during its absence, until ObjectSync
-//!   objects are read (a later part). Our own edge is not affected.
+//!   pushed; then only differences are, deletes included, and the response to the digest when all that differed is
+//!   acknowledged.
+//! - A KubeEdge edge tells nothing. What it acknowledged is kept in ObjectSync objects ([`crate::objectsync`]), by this
+//!   process and by those before it, KubeEdge's CloudCore among them; what is newer or gone goes out. Its own Node goes
+//!   out in any case: an edge that lost its store could not register otherwise. Its devices are told once more as a
+//!   list, because word of a device that joined or left is never acknowledged.
+//! - What a node holds is not judged by a watch that lags behind: another CloudCore, which the node has left, may have
+//!   been further. When a node names an object in a newer version than the watch has shown, or one that the watch has
+//!   never got to, that object (all pods of the node, if it is one) is read from the API first. What is then older or
+//!   absent is so in the cluster, which may have been restored from a backup. What the watch tells later of the time
+//!   before the read is left out.
+//! - Where the cluster has no ObjectSync kinds, all that a KubeEdge edge should have is pushed again as `update`, and
+//!   objects that went away are deleted only as far as this process knows what that node had been sent: after a restart
+//!   of CloudCore such an edge keeps what was deleted during its absence.
+//!
+//! # A Node object that is deleted
+//!
+//! That is how an operator removes a node, so CloudCore never creates it again. Our own edge is told and decides: it
+//! registers anew while its certificate is good. A KubeEdge edge is cut, as KubeEdge does, and may connect again; it
+//! registers again when it restarts.
+//!
+//! # Kinds that a cluster lacks
+//!
+//! While the API knows no such kind ([`Input::Unavailable`]) nothing of it is judged: what a node holds of it stays.
+//!
+//! Node jobs (`operations.kubeedge.io/v1alpha2`) are no state of a node and do not go through here: their messages are
+//! not acknowledged, and the controller that owns them gives them to the node's connection itself.
 //!
 //! The hub task of `cloudcore/` is the caller: it calls [`Downstream::handle`] and then drains
 //! [`Downstream::poll_output`]. No I/O, no clock.
 //!
-//! Source: kubeedge/kubeedge, cloud/pkg/edgecontroller/controller/downstream.go; golden file
-//! `protocol/golden/session.jsonl` for operations, resources and sources.
+//! Source: kubeedge/kubeedge, cloud/pkg/edgecontroller/controller/downstream.go, cloud/pkg/devicecontroller/controller,
+//! cloud/pkg/policycontroller/manager, cloud/pkg/synccontroller; golden file `protocol/golden/session.jsonl` for
+//! operations, resources and sources.
 
+mod flow;
+mod key;
+mod membership;
+mod resume;
+mod version;
+
+pub use flow::{OUTSTANDING_LEN_MAX, OUTSTANDING_MAX, PUSHED_LEN_MAX, PUSHED_MAX};
+pub use key::{Key, Kind};
+pub use version::Watched;
+pub(crate) use version::number;
+
+use crate::objectsync::{Syncs, Word, Write};
 use crate::references;
+use flow::Session;
+use resume::Phase;
 use serde_json::Value;
-use serde_json::value::RawValue;
 use skerry_protocol::capability::Capabilities;
 use skerry_protocol::digest::Digest;
-use skerry_protocol::{Message, MessageId, Operation, ResourcePath};
+use skerry_protocol::message::Content;
+use skerry_protocol::{Message, Operation};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::fmt;
-use std::hash::{DefaultHasher, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use version::Version;
 
 /// How long a new connection of our own edge may take to send its digest before everything is pushed.
 pub const DIGEST_WAIT: Duration = Duration::from_secs(5);
@@ -42,101 +88,13 @@ pub const DIGEST_WAIT: Duration = Duration::from_secs(5);
 /// The label that makes a Node an edge node for KubeEdge.
 pub const EDGE_LABEL: &str = "node-role.kubernetes.io/edge";
 
-const SOURCE: &str = "edgecontroller";
-const GROUP: &str = "resource";
+/// Deleted objects of one node that are kept whole until the node has acknowledged the delete; a delete beyond that
+/// carries only the object's identity, as KubeEdge's deletes after an outage do.
+const GRAVES_MAX: usize = 64;
 
-/// The kinds that go down, in the order in which a node should get them: a pod comes last, so that what it refers to
-/// is there when it starts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
-    /// The node's own Node.
-    Node,
-    /// ConfigMaps that live pods refer to.
-    ConfigMap,
-    /// Secrets that live pods refer to.
-    Secret,
-    /// Pods bound to the node.
-    Pod,
-}
-
-impl Kind {
-    /// All of them.
-    pub const ALL: [Self; 4] = [Self::Node, Self::ConfigMap, Self::Secret, Self::Pod];
-
-    /// Type segment on the wire.
-    pub fn token(self) -> &'static str {
-        match self {
-            Self::Node => "node",
-            Self::ConfigMap => "configmap",
-            Self::Secret => "secret",
-            Self::Pod => "pod",
-        }
-    }
-
-    /// Kind in the Kubernetes API; all are of `v1`.
-    pub fn api_kind(self) -> &'static str {
-        match self {
-            Self::Node => "Node",
-            Self::ConfigMap => "ConfigMap",
-            Self::Secret => "Secret",
-            Self::Pod => "Pod",
-        }
-    }
-}
-
-/// One object. Displays as its wire path.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Key {
-    kind: Kind,
-    namespace: String,
-    name: String,
-}
-
-impl Key {
-    /// `None` when a name cannot be part of a path. The namespace of a Node is ignored.
-    pub fn new(kind: Kind, namespace: &str, name: &str) -> Option<Self> {
-        let namespace = match kind {
-            Kind::Node => skerry_protocol::resource::CLUSTER_SCOPE,
-            _ => namespace,
-        };
-        ResourcePath::new(namespace, kind.token(), name).ok()?;
-        Some(Self { kind, namespace: namespace.into(), name: name.into() })
-    }
-
-    /// The object named by a wire path, if it is of a kind that goes down.
-    pub fn of_path(path: &ResourcePath) -> Option<Self> {
-        let kind = Kind::ALL.into_iter().find(|kind| kind.token() == path.kind())?;
-        Self::new(kind, path.namespace(), path.name()?)
-    }
-
-    /// The object's own identity, read from its metadata.
-    pub fn of_object(kind: Kind, object: &Value) -> Option<Self> {
-        let metadata = &object["metadata"];
-        let namespace = metadata["namespace"].as_str().unwrap_or_default();
-        Self::new(kind, namespace, metadata["name"].as_str()?)
-    }
-
-    /// What it is.
-    pub fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    /// Namespace; `null` for a Node.
-    pub fn namespace(&self) -> &str {
-        &self.namespace
-    }
-
-    /// Name.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-}
-
-impl fmt::Display for Key {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}/{}", self.namespace, self.kind.token(), self.name)
-    }
-}
+/// Objects of one kind that a read did not find and that are remembered; one beyond that may come back for the moment by
+/// which a watch lags.
+const ABSENT_MAX: usize = 1024;
 
 /// Number of a connection, never used twice; a late word about an old connection is told from one about the new.
 pub type SessionId = u64;
@@ -150,10 +108,15 @@ pub enum Input {
     Deleted(Key, Value),
     /// A list of this kind is complete and held these objects, each already given as [`Input::Changed`].
     Listed(Kind, BTreeSet<Key>),
-    /// What [`Output::Fetch`] asked for; `None` when there is no such object.
-    Fetched(Key, Option<Value>),
-    /// What [`Output::Relist`] asked for.
-    Relisted(String, Vec<Value>),
+    /// The API knows no such kind, or does not show it to us.
+    Unavailable(Kind),
+    /// What [`Output::Fetch`] asked for, one answer to each; `None` when there is no such object. Last the resource
+    /// version of the API at the read, if it is told.
+    Fetched(Key, Option<Value>, Option<u64>),
+    /// What [`Output::Relist`] asked for, and the resource version of that list, if it is told.
+    Relisted(String, Vec<Value>, Option<u64>),
+    /// What the cluster said about ObjectSync objects, answers to [`Output::Sync`] included.
+    Sync(Word),
     /// A node opened a connection.
     Connected {
         /// Its name, proven by its certificate.
@@ -183,6 +146,31 @@ pub enum Input {
         /// The message.
         message: Arc<Message>,
     },
+    /// A message stayed without an acknowledgement through all of its writes. Optional: without this word a newer
+    /// version of an object waits until the older one is acknowledged or the connection ends.
+    Unanswered {
+        /// The node's name.
+        node: String,
+        /// The connection.
+        session: SessionId,
+        /// The message.
+        message: Arc<Message>,
+        /// Whether it will not be written again.
+        dropped: bool,
+    },
+    /// An application on a node watches this object. A node that is not connected gets nothing: the watches are
+    /// somebody else's, and that owner gives everything again when the node is back. What the node gets anyway, or has
+    /// acknowledged in this version, is not sent.
+    Pushed {
+        /// The node's name.
+        node: String,
+        /// From [`Key::watched`].
+        key: Key,
+        /// The object; its last state for a delete.
+        object: Arc<Watched>,
+        /// `insert`, `update` or `delete`.
+        operation: Operation,
+    },
     /// A connection ended.
     Disconnected {
         /// The node's name.
@@ -200,7 +188,7 @@ pub enum Output {
     /// Give a message to the delivery of this connection.
     Send {
         /// The node's name.
-        node: String,
+        node: Arc<str>,
         /// The connection.
         session: SessionId,
         /// The message.
@@ -209,16 +197,18 @@ pub enum Output {
     /// End this connection.
     Close {
         /// The node's name.
-        node: String,
+        node: Arc<str>,
         /// The connection.
         session: SessionId,
         /// Why, for the log and the close frame.
         reason: &'static str,
     },
-    /// Read one object and give it as [`Input::Fetched`]; try again until the API answers.
+    /// Read one object, not from a cache, and give it as [`Input::Fetched`]; try again until the API answers.
     Fetch(Key),
-    /// List the pods of this node and give them as [`Input::Relisted`]; try again until the API answers.
+    /// List the pods of this node, not from a cache, and give them as [`Input::Relisted`]; try again until the API answers.
     Relist(String),
+    /// Write an ObjectSync object and say as [`Word::Written`] how it went.
+    Sync(Write),
 }
 
 /// A node's right to one ConfigMap or Secret.
@@ -231,45 +221,106 @@ pub enum Access {
         /// `metadata.resourceVersion`.
         resource_version: String,
         /// The object.
-        object: Box<RawValue>,
+        object: Content,
     },
     /// There is no such object.
     Absent,
     /// A pod refers to it and it has not been read yet.
     Unknown,
+    /// The pods have not been listed yet, so nobody can tell.
+    Unlisted,
+}
+
+/// How much there is, for the monitor.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Edge nodes known.
+    pub nodes: usize,
+    /// Nodes that are connected.
+    pub connected: usize,
+    /// Pods and devices of edge nodes.
+    pub placed: usize,
+    /// ConfigMaps, Secrets, models and accesses held.
+    pub shared: usize,
+    /// Messages with connections and not acknowledged.
+    pub outstanding: usize,
+    /// Their bodies, in bytes.
+    pub outstanding_bytes: usize,
+    /// Objects that differ and wait for room.
+    pub waiting: usize,
+    /// ObjectSync records known.
+    pub syncs: usize,
+    /// ObjectSync writes waiting or under way.
+    pub syncs_due: usize,
+    /// ObjectSync writes done since the start.
+    pub sync_writes: u64,
+}
+
+/// What one connection has to do, for the list of links.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Backlog {
+    /// Messages with the connection and not acknowledged.
+    pub outstanding: usize,
+    /// Their bodies, in bytes.
+    pub outstanding_bytes: usize,
+    /// Objects that differ and wait for room.
+    pub waiting: usize,
 }
 
 /// What every node should have and what every connected node has.
 #[derive(Debug, Default)]
 pub struct Downstream {
-    pods: BTreeMap<Key, Pod>,
-    configs: BTreeMap<Key, Config>,
-    nodes: BTreeMap<String, Node>,
+    /// Pods and devices of edge nodes.
+    placed: BTreeMap<Key, Placed>,
+    /// What those refer to.
+    shared: BTreeMap<Key, Shared>,
+    nodes: BTreeMap<Arc<str>, Node>,
     listed: BTreeSet<Kind>,
+    /// How far each watch is: the highest resource version that it has shown, where versions are numbers.
+    progress: BTreeMap<Kind, u64>,
+    unavailable: BTreeSet<Kind>,
+    /// Nodes whose pods are being listed, with the pods deleted meanwhile; that list may still show them.
+    relisting: BTreeMap<Arc<str>, BTreeSet<(Key, Arc<str>)>>,
+    /// Reads of one object that are under way; only the answer to the last one is sure to be new enough.
+    fetching: BTreeMap<Key, u32>,
+    /// Objects that a read did not find, with its version, until the watch of the kind is as far: one that lags behind
+    /// may still tell of them. At most [`ABSENT_MAX`] of a kind.
+    absent: BTreeMap<Kind, BTreeMap<Key, u64>>,
+    /// Connections in [`Phase::AwaitingDigest`], by when that ends.
+    awaiting_digest: BTreeSet<(Instant, Arc<str>)>,
+    /// Nodes whose connection is in [`Phase::AwaitingLists`].
+    awaiting_lists: BTreeSet<Arc<str>>,
+    /// Nodes whose connection may have something to send, each once.
+    touched: VecDeque<Arc<str>>,
     outputs: VecDeque<Output>,
+    syncs: Syncs,
+    now: Option<Instant>,
+    now_ms: i64,
+}
+
+/// A pod or a device.
+#[derive(Debug)]
+struct Placed {
+    node: Arc<str>,
+    references: Box<[Key]>,
+    version: Arc<Version>,
+}
+
+/// A ConfigMap or Secret that some pod refers to (others are not kept), or any model or access.
+#[derive(Debug)]
+struct Shared {
+    /// Live pods and devices that refer to it, counted by node.
+    users: BTreeMap<Arc<str>, u32>,
+    state: SharedState,
 }
 
 #[derive(Debug)]
-struct Pod {
-    node: String,
-    references: BTreeSet<Key>,
-    version: Version,
-}
-
-/// A ConfigMap or Secret that some pod refers to; others are not kept.
-#[derive(Debug)]
-struct Config {
-    /// Live pods that refer to it, counted by node.
-    users: BTreeMap<String, usize>,
-    state: ConfigState,
-}
-
-#[derive(Debug)]
-enum ConfigState {
-    /// Not read yet.
-    Unknown,
+enum SharedState {
+    /// Not read yet, or not believed. A read under way is newer than anything that a node has been sent, which a watch
+    /// that lags behind is not: what the watch says meanwhile is only kept.
+    Unknown(Option<Arc<Version>>),
     Absent,
-    Present(Version),
+    Present(Arc<Version>),
 }
 
 #[derive(Debug, Default)]
@@ -278,13 +329,17 @@ struct Node {
     object: NodeObject,
     /// It carries the label of an edge node, or it has been connected.
     edge: bool,
-    session: Option<Session>,
+    /// Its Node object was deleted and it has not been seen since.
+    removed: bool,
+    session: Option<Box<Session>>,
+    /// Pods and devices of this node.
+    placed: BTreeSet<Key>,
+    /// Its pods have been read at this version; what the watch tells of them up to there is old.
+    read_at: u64,
     /// What the node holds or has been sent.
     known: BTreeMap<Key, Known>,
-    /// Objects whose delete has not been acknowledged, by uid.
-    deleting: BTreeMap<(Key, String), MessageId>,
-    /// Pods deleted while a list of this node's pods is under way; that list may still show them.
-    relisting: Option<BTreeSet<Key>>,
+    /// Last state of objects that the node holds and should not; at most [`GRAVES_MAX`].
+    graves: BTreeMap<Key, Arc<Version>>,
 }
 
 #[derive(Debug, Default)]
@@ -293,108 +348,107 @@ enum NodeObject {
     Absent,
     /// It is there and is no edge node.
     Foreign,
-    Present(Version),
-}
-
-#[derive(Debug)]
-struct Session {
-    id: SessionId,
-    capabilities: Capabilities,
-    phase: Phase,
-}
-
-#[derive(Debug)]
-enum Phase {
-    /// Our own edge has not told yet what it holds.
-    AwaitingDigest { until: Instant },
-    /// The API has not told yet what there is.
-    AwaitingLists { digest: Option<(Digest, Box<Message>)> },
-    /// Differences go out at once.
-    Live,
+    Present(Arc<Version>),
 }
 
 /// The version of an object that a node holds or has been sent last.
-#[derive(Debug, PartialEq, Eq)]
-struct Known {
-    uid: String,
-    resource_version: String,
-}
-
-/// One version of an object, ready to be sent.
 #[derive(Debug)]
-struct Version {
-    uid: String,
-    resource_version: String,
-    /// The oldest version known to differ in nothing that matters.
-    since: String,
-    /// Of everything that matters.
-    fingerprint: u64,
-    text: Box<RawValue>,
-    terminating: bool,
+struct Known {
+    uid: Arc<str>,
+    /// `None` when it holds some version, or may hold it: the next comparison sends the object.
+    resource_version: Option<Arc<str>>,
 }
 
 enum Wanted<'a> {
+    /// Being read; its key is marked when it is known.
     Unknown,
+    /// Not for us to judge now.
+    Unjudged,
     Absent,
-    Present(&'a Version),
+    Present(&'a Arc<Version>),
 }
 
 impl Downstream {
     /// Takes one input. `now_ms` is Unix time in milliseconds and goes into messages only.
     pub fn handle(&mut self, input: Input, now: Instant, now_ms: i64) {
+        (self.now, self.now_ms) = (Some(now), now_ms);
         match input {
-            Input::Changed(kind, object) => self.change(kind, object, now_ms),
-            Input::Deleted(key, last) => self.delete(&key, Some(&last), now_ms),
-            Input::Listed(kind, keys) => self.list(kind, &keys, now_ms),
-            Input::Fetched(key, object) => self.fetched(&key, object, now_ms),
-            Input::Relisted(node, pods) => self.relisted(&node, pods, now_ms),
+            Input::Changed(kind, object) => self.change(kind, object),
+            Input::Deleted(key, last) => self.delete(&key, Some(last)),
+            Input::Listed(kind, keys) => self.list(kind, &keys),
+            Input::Unavailable(kind) => {
+                self.unavailable.insert(kind);
+                self.end_list_wait();
+            }
+            Input::Fetched(key, object, at) => self.fetched(&key, object, at),
+            Input::Relisted(node, pods, at) => self.relisted(&node, pods, at),
+            Input::Sync(word) => self.hear(word, now),
             Input::Connected { node, session, capabilities } => {
-                self.connect(&node, session, capabilities, now, now_ms);
+                self.connect(&node, session, capabilities, now);
             }
             Input::Digest { node, session, digest, request } => {
-                self.digest(&node, session, digest, request, now_ms);
+                self.digest(&node, session, digest, request);
             }
             Input::Acked { node, session, message } => self.acked(&node, session, &message),
+            Input::Unanswered { node, session, message, dropped } => {
+                self.unanswered(&node, session, &message, dropped);
+            }
+            Input::Pushed { node, key, object, operation } => {
+                self.push(&node, key, object, operation);
+            }
             Input::Disconnected { node, session } => {
-                if let Some(node) = self.nodes.get_mut(&node) {
-                    node.session.take_if(|current| current.id == session);
+                if self.session(&node) == Some(session) {
+                    self.end_session(&node);
+                    self.tidy_node(&node);
                 }
             }
             Input::Tick => {}
         }
-        self.stop_waiting(now, now_ms);
+        self.stop_waiting(now);
     }
 
-    /// Returns the next thing to do.
+    /// Returns the next thing to do. Messages are made here, one node after the other, so that a change that concerns
+    /// every node does not have to be held for all of them at once.
     pub fn poll_output(&mut self) -> Option<Output> {
-        self.outputs.pop_front()
+        loop {
+            if let Some(output) = self.outputs.pop_front() {
+                return Some(output);
+            }
+            let Some(name) = self.touched.pop_front() else { break };
+            self.flush(&name);
+        }
+        self.syncs.poll_write(self.now?).map(Output::Sync)
     }
 
     /// When [`Input::Tick`] is due.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let until = |node: &Node| match node.session.as_ref()?.phase {
-            Phase::AwaitingDigest { until } => Some(until),
-            _ => None,
-        };
-        self.nodes.values().filter_map(until).min()
+        let digest = self.awaiting_digest.first().map(|(until, _)| *until);
+        [digest, self.syncs.poll_timeout()].into_iter().flatten().min()
     }
 
     /// Whether `node` may read this ConfigMap or Secret, and the object when it is held.
     pub fn access(&self, node: &str, key: &Key) -> Access {
-        match self.configs.get(key).filter(|config| config.users.contains_key(node)) {
+        match self.shared.get(key).filter(|shared| shared.users.contains_key(node)) {
+            None if !self.listed.contains(&Kind::Pod) => Access::Unlisted,
             None => Access::Denied,
-            Some(Config { state: ConfigState::Unknown, .. }) => Access::Unknown,
-            Some(Config { state: ConfigState::Absent, .. }) => Access::Absent,
-            Some(Config { state: ConfigState::Present(version), .. }) => Access::Held {
-                resource_version: version.resource_version.clone(),
+            Some(Shared { state: SharedState::Unknown(_), .. }) => Access::Unknown,
+            Some(Shared { state: SharedState::Absent, .. }) => Access::Absent,
+            Some(Shared { state: SharedState::Present(version), .. }) => Access::Held {
+                resource_version: version.resource_version.as_ref().to_owned(),
                 object: version.text.clone(),
             },
         }
     }
 
-    /// The node to which a pod is bound, and the pod's uid, if the pod is of an edge node.
-    pub fn binding(&self, pod: &Key) -> Option<(&str, &str)> {
-        self.pods.get(pod).map(|pod| (pod.node.as_str(), pod.version.uid.as_str()))
+    /// The node to which a pod or a device is bound, and its uid, if that is an edge node.
+    pub fn binding(&self, key: &Key) -> Option<(&str, &str)> {
+        self.placed.get(key).map(|placed| (&*placed.node, &*placed.version.uid))
+    }
+
+    /// Whether a node has pods in this namespace.
+    pub fn has_pods(&self, node: &str, namespace: &str) -> bool {
+        let is_pod = |key: &&Key| key.kind() == Kind::Pod && key.namespace() == namespace;
+        self.nodes.get(node).is_some_and(|node| node.placed.iter().any(|key| is_pod(&key)))
     }
 
     /// The connection of a node.
@@ -402,517 +456,546 @@ impl Downstream {
         self.nodes.get(node)?.session.as_ref().map(|session| session.id)
     }
 
-    fn change(&mut self, kind: Kind, object: Value, now_ms: i64) {
+    /// What waits for a node; `None` when it is not connected.
+    pub fn backlog(&self, node: &str) -> Option<Backlog> {
+        Some(self.nodes.get(node)?.session.as_ref()?.backlog())
+    }
+
+    /// Counts everything; takes a moment per node.
+    pub fn totals(&self) -> Totals {
+        let (syncs, syncs_due) = self.syncs.len();
+        let mut totals = Totals {
+            placed: self.placed.len(),
+            shared: self.shared.len(),
+            syncs,
+            syncs_due,
+            sync_writes: self.syncs.writes(),
+            ..Totals::default()
+        };
+        for node in self.nodes.values().filter(|node| node.edge) {
+            totals.nodes += 1;
+            let Some(session) = &node.session else { continue };
+            let backlog = session.backlog();
+            totals.connected += 1;
+            totals.outstanding += backlog.outstanding;
+            totals.outstanding_bytes += backlog.outstanding_bytes;
+            totals.waiting += backlog.waiting;
+        }
+        totals
+    }
+
+    fn change(&mut self, kind: Kind, object: Value) {
         let Some(key) = Key::of_object(kind, &object) else { return };
+        let version = object["metadata"]["resourceVersion"].as_str().and_then(number);
+        if let Some(version) = version {
+            let progress = self.progress.entry(kind).or_default();
+            *progress = (*progress).max(version);
+            let progress = *progress;
+            if let Some(absent) = self.absent.get_mut(&kind) {
+                absent.retain(|_, at| *at > progress);
+                if absent.get(&key).is_some_and(|at| version <= *at) {
+                    return;
+                }
+            }
+            if kind == Kind::Pod
+                && let Some(node) = object["spec"]["nodeName"].as_str()
+                && self.nodes.get(node).is_some_and(|node| version <= node.read_at)
+            {
+                return;
+            }
+        }
         match kind {
-            Kind::Pod => self.change_pod(key, object, now_ms),
-            Kind::Node => self.change_node(&key, object, now_ms),
-            Kind::ConfigMap | Kind::Secret => self.change_config(&key, object, now_ms),
+            Kind::Pod | Kind::Device => self.change_placed(key, object),
+            Kind::Node => self.change_node(&key, object),
+            _ => self.change_shared(&key, object),
         }
     }
 
-    fn change_pod(&mut self, key: Key, object: Value, now_ms: i64) {
-        let Some(node) = object["spec"]["nodeName"].as_str().filter(|node| !node.is_empty()) else {
+    fn change_placed(&mut self, key: Key, object: Value) {
+        let name = object["spec"]["nodeName"].as_str().filter(|node| !node.is_empty());
+        let Some(name) = name.map(|node| self.intern_node(node)) else {
+            // A device that was taken from its node; a pod never is.
+            if key.kind() == Kind::Device && self.placed.contains_key(&key) {
+                self.displace(&key, None);
+            }
             return;
         };
-        let node = node.to_owned();
-        if self.nodes.get(&node).is_some_and(Node::is_foreign) {
-            if self.pods.get(&key).is_some_and(|old| object["metadata"]["uid"] != *old.version.uid)
-            {
-                self.delete(&key, None, now_ms);
+        if key.kind() == Kind::Pod && self.nodes.get(&name).is_some_and(Node::is_foreign) {
+            let old = self.placed.get(&key);
+            if old.is_some_and(|old| object["metadata"]["uid"] != *old.version.uid) {
+                self.displace(&key, None);
             }
             return;
         }
-        let references = references::of_pod(&object);
-        let old = self.pods.get(&key);
-        let Some(version) = Version::read(Kind::Pod, object, old.map(|old| &old.version)) else {
+        let references = match key.kind() {
+            Kind::Pod => references::of_pod(&object),
+            _ => references::of_device(&object),
+        };
+        let old = self.placed.get(&key);
+        let has_moved = old.is_some_and(|old| old.node != name);
+        let Some(version) = Version::read(key.kind(), object, old.map(|old| &*old.version)) else {
             return;
         };
-        let old_references = old.map(|old| old.references.clone()).unwrap_or_default();
-        let old_node = old.map(|old| old.node.clone()).filter(|old_node| *old_node != node);
-        if let Some(old_node) = &old_node {
-            // Another pod under the same name: binding is for life.
-            self.pods.remove(&key);
-            self.release(old_node, &old_references, now_ms);
-            self.compare(old_node, &key, None, now_ms);
+        if has_moved {
+            // A device that moved, or another pod under the same name: a pod's binding is for life.
+            self.displace(&key, None);
         }
-        // What the pod refers to goes first.
-        let kept = if old_node.is_some() { BTreeSet::new() } else { old_references };
-        for reference in references.difference(&kept) {
-            self.refer(&node, reference, now_ms);
+        let node = self.nodes.entry(Arc::clone(&name)).or_default();
+        node.placed.insert(key.clone());
+        // The new references count before the old ones stop to, so that what stays is not dropped in between.
+        let references = references.iter().map(|key| self.refer(&name, key)).collect();
+        let placed = Placed { node: Arc::clone(&name), references, version };
+        let old = self.placed.insert(key.clone(), placed);
+        self.mark(&name, &key);
+        if let Some(old) = old {
+            self.release(&name, &old.references);
         }
-        let gone: BTreeSet<_> = kept.difference(&references).cloned().collect();
-        self.pods.insert(key.clone(), Pod { node: node.clone(), references, version });
-        self.compare(&node, &key, None, now_ms);
-        self.release(&node, &gone, now_ms);
     }
 
-    fn change_node(&mut self, key: &Key, object: Value, now_ms: i64) {
+    /// Takes a pod or a device from its node. `last` is its last state, when that is known to be newer than ours.
+    fn displace(&mut self, key: &Key, last: Option<Arc<Version>>) {
+        let Some(placed) = self.placed.remove(key) else { return };
+        let name = placed.node;
+        if let Some(node) = self.nodes.get_mut(&name) {
+            node.placed.remove(key);
+        }
+        self.bury(&name, key, &last.unwrap_or(placed.version));
+        self.mark(&name, key);
+        self.release(&name, &placed.references);
+        self.tidy_node(&name);
+    }
+
+    fn change_node(&mut self, key: &Key, object: Value) {
         let label = object["metadata"]["labels"].get(EDGE_LABEL).is_some();
-        let node = self.nodes.entry(key.name.clone()).or_default();
+        let name = self.intern_node(key.name());
+        let node = self.nodes.entry(Arc::clone(&name)).or_default();
         let was_foreign = node.is_foreign();
         node.edge |= label;
+        node.removed = false;
         if !node.edge {
             node.object = NodeObject::Foreign;
-            self.forget_pods(&key.name, now_ms);
+            self.forget_pods(&name);
             return;
         }
         let old = match &node.object {
-            NodeObject::Present(version) => Some(version),
+            NodeObject::Present(version) => Some(&**version),
             _ => None,
         };
         if let Some(version) = Version::read(Kind::Node, object, old) {
             node.object = NodeObject::Present(version);
         }
         if was_foreign {
-            self.relist(&key.name);
+            self.relist(&name);
         }
-        self.compare(&key.name, key, None, now_ms);
+        self.mark(&name, key);
     }
 
-    fn change_config(&mut self, key: &Key, object: Value, now_ms: i64) {
-        // What no pod refers to is not kept; it is fetched when one does.
-        let Some(config) = self.configs.get_mut(key) else { return };
-        let old = match &config.state {
-            ConfigState::Present(version) => Some(version),
+    fn change_shared(&mut self, key: &Key, object: Value) {
+        // What no pod refers to is not kept; it is fetched when one does. Models and accesses are few and all kept.
+        if key.kind().is_custom() {
+            self.shared.entry(key.clone()).or_insert_with(Shared::unknown);
+        }
+        let is_read = self.fetching.contains_key(key);
+        let Some(shared) = self.shared.get_mut(key) else { return };
+        let old = match &shared.state {
+            SharedState::Present(version) | SharedState::Unknown(Some(version)) => Some(&**version),
             _ => None,
         };
-        let Some(version) = Version::read(key.kind, object, old) else { return };
-        config.state = ConfigState::Present(version);
-        self.compare_users(key, None, now_ms);
+        let Some(version) = Version::read(key.kind(), object, old) else { return };
+        if is_read && matches!(shared.state, SharedState::Unknown(_)) {
+            shared.state = SharedState::Unknown(Some(version));
+            return;
+        }
+        shared.state = SharedState::Present(version);
+        self.mark_users(key);
     }
 
-    fn delete(&mut self, key: &Key, last: Option<&Value>, now_ms: i64) {
-        let last_uid = last.and_then(|last| last["metadata"]["uid"].as_str());
+    fn delete(&mut self, key: &Key, last: Option<Value>) {
+        let last_uid = last.as_ref().and_then(|last| last["metadata"]["uid"].as_str());
         // A late word about an object whose successor is already known.
-        let is_other = |version: &Version| last_uid.is_some_and(|uid| uid != version.uid);
-        match key.kind {
-            Kind::Pod => {
-                for node in self.nodes.values_mut() {
-                    if let Some(deleted) = &mut node.relisting {
-                        deleted.insert(key.clone());
-                    }
+        let is_other = |version: &Version| last_uid.is_some_and(|uid| *uid != *version.uid);
+        match key.kind() {
+            Kind::Pod | Kind::Device => {
+                let uid = last_uid.map(Arc::<str>::from);
+                let uid = uid.or_else(|| Some(Arc::clone(&self.placed.get(key)?.version.uid)));
+                // Without a uid whatever the list shows under this name is in doubt; the watch will tell.
+                let uid = uid.unwrap_or_default();
+                for deleted in self.relisting.values_mut() {
+                    deleted.insert((key.clone(), Arc::clone(&uid)));
                 }
-                if self.pods.get(key).is_none_or(|pod| is_other(&pod.version)) {
-                    return;
+                if self.placed.get(key).is_some_and(|placed| !is_other(&placed.version)) {
+                    let last = last.and_then(|last| Version::read(key.kind(), last, None));
+                    self.displace(key, last);
                 }
-                let mut pod = self.pods.remove(key).expect("was found just now");
-                if let Some(last) = last.cloned()
-                    && let Some(last) = Version::read(Kind::Pod, last, None)
-                {
-                    pod.version = last;
-                }
-                self.compare(&pod.node, key, Some(&pod.version), now_ms);
-                self.release(&pod.node, &pod.references, now_ms);
             }
             Kind::Node => {
-                let Some(node) = self.nodes.get_mut(&key.name) else { return };
-                if matches!(node.object, NodeObject::Present(ref version) if is_other(version)) {
+                let name = self.intern_node(key.name());
+                let Some(node) = self.nodes.get_mut(&name) else { return };
+                if matches!(&node.object, NodeObject::Present(version) if is_other(version)) {
                     return;
                 }
                 let old = std::mem::take(&mut node.object);
-                match &node.session {
+                node.removed = !matches!(old, NodeObject::Absent);
+                self.syncs.forget(&name);
+                let stock = node.session.as_ref().map(|session| !session.capabilities.digest);
+                match stock {
                     Some(_) if matches!(old, NodeObject::Absent) => {}
-                    None => {
-                        if !self.pods.values().any(|pod| pod.node == key.name) {
-                            self.nodes.remove(&key.name);
-                        }
-                    }
-                    // As KubeEdge does: its edge finds out by itself that its Node is gone, if at all.
-                    Some(session) if !session.capabilities.digest => {
-                        let reason = "the Node object was deleted";
-                        let (node, session) = (key.name.clone(), session.id);
-                        self.outputs.push_back(Output::Close { node, session, reason });
-                    }
-                    Some(_) => self.compare(&key.name, key, None, now_ms),
+                    Some(true) => self.cut(&name, "the Node object was deleted"),
+                    _ => self.mark(&name, key),
                 }
+                self.tidy_node(&name);
             }
-            Kind::ConfigMap | Kind::Secret => {
-                let Some(config) = self.configs.get_mut(key) else { return };
-                if matches!(&config.state, ConfigState::Present(version) if is_other(version)) {
+            _ => {
+                let Some(shared) = self.shared.get_mut(key) else { return };
+                if matches!(&shared.state, SharedState::Present(version) if is_other(version)) {
                     return;
                 }
-                let state = std::mem::replace(&mut config.state, ConfigState::Absent);
-                let last = match &state {
-                    ConfigState::Present(version) => Some(version),
-                    _ => None,
-                };
-                self.compare_users(key, last, now_ms);
+                if self.fetching.contains_key(key)
+                    && let SharedState::Unknown(seen) = &mut shared.state
+                {
+                    // The read may have been before this; then another one finds out.
+                    *seen = None;
+                    return self.fetch(key);
+                }
+                let state = std::mem::replace(&mut shared.state, SharedState::Absent);
+                let users: Vec<Arc<str>> = shared.users.keys().cloned().collect();
+                if users.is_empty() {
+                    self.shared.remove(key);
+                }
+                for name in users {
+                    if let SharedState::Present(version) = &state {
+                        self.bury(&name, key, version);
+                    }
+                    self.mark(&name, key);
+                }
             }
         }
     }
 
-    fn list(&mut self, kind: Kind, keys: &BTreeSet<Key>, now_ms: i64) {
+    fn list(&mut self, kind: Kind, keys: &BTreeSet<Key>) {
         let held: Vec<Key> = match kind {
-            Kind::Pod => self.pods.keys().cloned().collect(),
+            Kind::Pod | Kind::Device => {
+                self.placed.keys().filter(|key| key.kind() == kind).cloned().collect()
+            }
             Kind::Node => {
                 self.nodes.keys().filter_map(|name| Key::new(Kind::Node, "", name)).collect()
             }
-            _ => self.configs.keys().filter(|key| key.kind == kind).cloned().collect(),
+            _ => self.shared.keys().filter(|key| key.kind() == kind).cloned().collect(),
         };
         for key in &held {
-            if !keys.contains(key) {
-                self.delete(key, None, now_ms);
-            } else if let Some(Config { state: ConfigState::Unknown, .. }) = self.configs.get(key) {
+            let is_unknown = self
+                .shared
+                .get(key)
+                .is_some_and(|shared| matches!(shared.state, SharedState::Unknown(_)));
+            if is_unknown && self.fetching.contains_key(key) {
+                // The read says it.
+            } else if !keys.contains(key) {
+                match self.read_since_list(key) {
+                    Some(name) => self.relist(&name),
+                    None => self.delete(key, None),
+                }
+            } else if is_unknown {
                 // It was listed before a pod referred to it.
-                self.outputs.push_back(Output::Fetch(key.clone()));
+                self.fetch(key);
             }
         }
         self.listed.insert(kind);
-        if self.listed.len() == Kind::ALL.len() {
-            self.end_list_wait(now_ms);
+        if self.unavailable.remove(&kind) {
+            self.judge(kind);
+        }
+        if kind == Kind::Node {
+            self.collect_syncs();
+        }
+        self.end_list_wait();
+    }
+
+    /// The node of a pod that a read has shown, when that read may be newer than a list that lacks the pod.
+    fn read_since_list(&self, key: &Key) -> Option<Arc<str>> {
+        let progress = self.progress.get(&key.kind()).copied().unwrap_or(0);
+        let name = &self.placed.get(key).filter(|_| key.kind() == Kind::Pod)?.node;
+        let read_at = self.nodes.get(name)?.read_at;
+        (read_at > progress).then(|| Arc::clone(name))
+    }
+
+    /// Marks everything of a kind on every node: nothing of it has been compared while the API did not know it.
+    fn judge(&mut self, kind: Kind) {
+        let mut marks = Vec::new();
+        for (name, node) in &self.nodes {
+            let of_kind = node.known.keys().chain(&node.placed).filter(|key| key.kind() == kind);
+            marks.extend(of_kind.map(|key| (Arc::clone(name), key.clone())));
+        }
+        for (key, shared) in self.shared.iter().filter(|(key, _)| key.kind() == kind) {
+            marks.extend(shared.users.keys().map(|name| (Arc::clone(name), key.clone())));
+        }
+        for (name, key) in marks {
+            self.mark(&name, &key);
         }
     }
 
-    fn fetched(&mut self, key: &Key, object: Option<Value>, now_ms: i64) {
-        if key.kind == Kind::Node {
-            let is_missing = |node: &Node| matches!(node.object, NodeObject::Foreign) && node.edge;
-            if let Some(object) = object
-                && self.nodes.get(&key.name).is_some_and(is_missing)
-            {
-                self.change_node(key, object, now_ms);
+    /// Asks for one object as it is now.
+    fn fetch(&mut self, key: &Key) {
+        *self.fetching.entry(key.clone()).or_default() += 1;
+        self.outputs.push_back(Output::Fetch(key.clone()));
+    }
+
+    fn fetched(&mut self, key: &Key, object: Option<Value>, at: Option<u64>) {
+        if let Some(count) = self.fetching.get_mut(key) {
+            *count -= 1;
+            if *count > 0 {
+                return; // a newer read is under way
             }
-            return;
+            self.fetching.remove(key);
         }
-        // Whatever the watch has said since is newer.
-        if !matches!(self.configs.get(key), Some(Config { state: ConfigState::Unknown, .. })) {
-            return;
-        }
-        match object {
-            Some(object) => self.change_config(key, object, now_ms),
-            None => self.delete(key, None, now_ms),
-        }
-    }
-
-    fn relist(&mut self, name: &str) {
-        let node = self.nodes.entry(name.into()).or_default();
-        if node.relisting.is_none() {
-            node.relisting = Some(BTreeSet::new());
-            self.outputs.push_back(Output::Relist(name.into()));
-        }
-    }
-
-    fn relisted(&mut self, name: &str, pods: Vec<Value>, now_ms: i64) {
-        let Some(deleted) = self.nodes.get_mut(name).and_then(|node| node.relisting.take()) else {
-            return;
-        };
-        for pod in pods {
-            let is_live = |key: &Key| !deleted.contains(key);
-            let is_ours = pod["spec"]["nodeName"] == name;
-            if let Some(key) = Key::of_object(Kind::Pod, &pod).filter(is_live)
-                && is_ours
-            {
-                self.change_pod(key, pod, now_ms);
+        let version =
+            |object: &Value| object["metadata"]["resourceVersion"].as_str().and_then(number);
+        let at = at.or_else(|| version(object.as_ref()?)).unwrap_or(0);
+        // What the watch has said up to the read is old, whatever it was.
+        let is_newer = |of: &Version| number(&of.resource_version).is_some_and(|of| of > at);
+        if object.is_none() && self.progress.get(&key.kind()).is_none_or(|of| *of < at) {
+            let absent = self.absent.entry(key.kind()).or_default();
+            absent.insert(key.clone(), at);
+            if absent.len() > ABSENT_MAX {
+                absent.pop_first();
             }
         }
-        // A connection that waited for this list.
-        self.end_list_wait(now_ms);
-    }
-
-    fn connect(
-        &mut self,
-        name: &str,
-        id: SessionId,
-        capabilities: Capabilities,
-        now: Instant,
-        now_ms: i64,
-    ) {
-        let node = self.nodes.entry(name.into()).or_default();
-        let was_foreign = node.is_foreign();
-        node.edge = true;
-        let phase = if capabilities.digest {
-            Phase::AwaitingDigest { until: now + DIGEST_WAIT }
-        } else {
-            Phase::AwaitingLists { digest: None }
-        };
-        let old = node.session.replace(Session { id, capabilities, phase });
-        if let Some(old) = old {
-            self.outputs.push_back(Output::Close {
-                node: name.into(),
-                session: old.id,
-                reason: "the node opened a new connection",
-            });
-        }
-        if was_foreign {
-            // Neither its pods nor its Node were kept.
-            self.relist(name);
-            self.outputs.extend(Key::new(Kind::Node, "", name).map(Output::Fetch));
-        }
-        self.end_list_wait(now_ms);
-    }
-
-    fn digest(
-        &mut self,
-        name: &str,
-        id: SessionId,
-        digest: Digest,
-        request: Box<Message>,
-        now_ms: i64,
-    ) {
-        let Some(node) = self.nodes.get_mut(name) else { return };
-        let Some(session) = node.session.as_mut().filter(|session| session.id == id) else {
-            return;
-        };
-        match session.phase {
-            Phase::AwaitingDigest { .. } | Phase::AwaitingLists { .. } => {
-                session.phase = Phase::AwaitingLists { digest: Some((digest, request)) };
-                self.end_list_wait(now_ms);
-            }
-            Phase::Live => {
-                // It came after everything had been pushed; it can still tell of objects that are gone.
-                let mut extra = Vec::new();
-                for (key, held) in held_keys(&digest) {
-                    if !node.known.contains_key(&key) {
-                        node.known.insert(key.clone(), held);
-                        extra.push(key);
+        match key.kind() {
+            Kind::Node => self.fetched_node(key, object, is_newer),
+            Kind::Pod | Kind::Device => match object {
+                Some(object) => self.change_placed(key.clone(), object),
+                None => {
+                    if self.placed.get(key).is_some_and(|placed| !is_newer(&placed.version)) {
+                        self.displace(key, None);
                     }
                 }
-                for key in extra {
-                    self.compare(name, &key, None, now_ms);
+            },
+            _ => {
+                let Some(Shared { state: state @ SharedState::Unknown(_), .. }) =
+                    self.shared.get_mut(key)
+                else {
+                    return;
+                };
+                let SharedState::Unknown(seen) = std::mem::replace(state, SharedState::Absent)
+                else {
+                    return;
+                };
+                let seen = seen.filter(|seen| is_newer(seen));
+                let read =
+                    object.and_then(|object| Version::read(key.kind(), object, seen.as_deref()));
+                if let Some(version) = read.or(seen) {
+                    *state = SharedState::Present(version);
                 }
-                self.send(name, request.response(now_ms, "OK"));
+                self.mark_users(key);
             }
         }
+        self.end_doubt(key);
     }
 
-    fn acked(&mut self, name: &str, id: SessionId, message: &Message) {
-        let Some(node) = self.nodes.get_mut(name) else { return };
-        if node.session.as_ref().is_none_or(|session| session.id != id) {
-            return;
-        }
-        if message.operation() == Some(Operation::Delete)
-            && let Ok(path) = message.route.resource.parse()
-            && let Some(key) = Key::of_path(&path)
-        {
-            node.deleting.retain(|(of, _), id| *of != key || *id != message.header.msg_id);
-        }
-    }
-
-    /// Ends the wait for a digest that did not come.
-    fn stop_waiting(&mut self, now: Instant, now_ms: i64) {
-        let mut ended = false;
-        for session in self.nodes.values_mut().filter_map(|node| node.session.as_mut()) {
-            if matches!(session.phase, Phase::AwaitingDigest { until } if until <= now) {
-                session.phase = Phase::AwaitingLists { digest: None };
-                ended = true;
-            }
-        }
-        if ended {
-            self.end_list_wait(now_ms);
-        }
-    }
-
-    /// Begins to serve the connections that have told what they hold, once the API has told what there is.
-    fn end_list_wait(&mut self, now_ms: i64) {
-        if self.listed.len() < Kind::ALL.len() {
-            return;
-        }
-        let is_waiting = |node: &Node| {
-            let waits = |session: &Session| matches!(session.phase, Phase::AwaitingLists { .. });
-            node.session.as_ref().is_some_and(waits) && node.relisting.is_none()
-        };
-        let waiting: Vec<String> = self
-            .nodes
-            .iter()
-            .filter(|(_, node)| is_waiting(node))
-            .map(|(name, _)| name.clone())
-            .collect();
-        for name in waiting {
-            self.go_live(&name, now_ms);
-        }
-    }
-
-    fn go_live(&mut self, name: &str, now_ms: i64) {
-        let node = self.nodes.get_mut(name).expect("the caller found it");
-        let session = node.session.as_mut().expect("the caller found it");
-        let phase = std::mem::replace(&mut session.phase, Phase::Live);
-        let Phase::AwaitingLists { digest } = phase else { return };
-        let request = match digest {
-            Some((digest, request)) => {
-                node.known = held_keys(&digest).collect();
-                node.deleting.clear();
-                Some(request)
-            }
+    fn fetched_node(
+        &mut self,
+        key: &Key,
+        object: Option<Value>,
+        is_newer: impl Fn(&Version) -> bool,
+    ) {
+        let name = self.intern_node(key.name());
+        let Some(node) = self.nodes.get_mut(&name).filter(|node| node.edge) else { return };
+        match object {
+            Some(object) => self.change_node(key, object),
+            None if matches!(&node.object, NodeObject::Present(held) if is_newer(held)) => {}
             None => {
-                // Whatever it has, it gets again; what it has been sent earlier and is gone, is deleted.
-                for known in node.known.values_mut() {
-                    known.resource_version.clear();
-                }
-                None
-            }
-        };
-        let deleting: Vec<_> = node.deleting.keys().cloned().collect();
-        let mut keys: BTreeSet<Key> = node.known.keys().cloned().collect();
-        keys.extend(Key::new(Kind::Node, "", name));
-        for (key, pod) in &self.pods {
-            if pod.node == name {
-                keys.insert(key.clone());
-                keys.extend(pod.references.iter().cloned());
+                node.object = NodeObject::Absent;
+                self.mark(&name, key);
             }
         }
-        for (key, uid) in deleting {
-            // A config that is wanted again comes as an update below.
-            if !matches!(self.wanted(name, &key), Wanted::Present(version) if version.uid == uid) {
-                self.send_delete(name, &key, &uid, None, now_ms);
+    }
+
+    fn relist(&mut self, name: &Arc<str>) {
+        if !self.relisting.contains_key(name) {
+            self.relisting.insert(Arc::clone(name), BTreeSet::new());
+            self.outputs.push_back(Output::Relist(name.as_ref().to_owned()));
+        }
+    }
+
+    fn relisted(&mut self, name: &str, pods: Vec<Value>, at: Option<u64>) {
+        let Some(deleted) = self.relisting.remove(name) else { return };
+        let mut listed = BTreeSet::new();
+        let mut newest = 0;
+        for pod in pods {
+            if pod["spec"]["nodeName"] != name {
+                continue;
+            }
+            let Some(key) = Key::of_object(Kind::Pod, &pod) else { continue };
+            let text = |field: &str| pod["metadata"][field].as_str().unwrap_or_default();
+            newest = newest.max(number(text("resourceVersion")).unwrap_or(0));
+            let is_deleted = |uid: &str| deleted.contains(&(key.clone(), uid.into()));
+            if is_deleted(text("uid")) || is_deleted("") {
+                continue;
+            }
+            listed.insert(key.clone());
+            self.change_placed(key, pod);
+        }
+        let at = at.unwrap_or(newest);
+        if let Some(node) = self.nodes.get_mut(name) {
+            node.read_at = at;
+            let is_old = |key: &&Key| {
+                let version = self.placed.get(key).map(|placed| &placed.version.resource_version);
+                key.kind() == Kind::Pod
+                    && !listed.contains(*key)
+                    && version.and_then(|version| number(version)).is_some_and(|of| of <= at)
+            };
+            let gone: Vec<Key> = node.placed.iter().filter(is_old).cloned().collect();
+            for key in gone {
+                self.displace(&key, None);
             }
         }
-        for key in keys {
-            if request.is_none()
-                && let Wanted::Present(version) = self.wanted(name, &key)
-            {
-                // As if it held some version, so that the push is an `update`, as after every outage of KubeEdge's.
-                let uid = version.uid.clone();
-                let node = self.nodes.get_mut(name).expect("the caller found it");
-                node.known.entry(key.clone()).or_insert_with(|| Known::of_version_unknown(uid));
-            }
-            self.compare(name, &key, None, now_ms);
+        // What records told meanwhile, and a connection that waited for this list.
+        let name = self.intern_node(name);
+        let known = self.nodes.get(&name).into_iter().flat_map(|node| node.known.keys());
+        for key in known.filter(|key| key.kind() == Kind::Pod).cloned().collect::<Vec<_>>() {
+            self.mark(&name, &key);
         }
-        if let Some(request) = request {
-            self.send(name, request.response(now_ms, "OK"));
-        }
+        self.end_list_wait();
     }
 
     /// Drops the pods of a node that is no edge node.
-    fn forget_pods(&mut self, name: &str, now_ms: i64) {
-        let keys: Vec<Key> = self
-            .pods
-            .iter()
-            .filter(|(_, pod)| pod.node == name)
-            .map(|(key, _)| key.clone())
-            .collect();
-        for key in keys {
-            let pod = self.pods.remove(&key).expect("was found just now");
-            self.release(name, &pod.references, now_ms);
+    fn forget_pods(&mut self, name: &Arc<str>) {
+        let Some(node) = self.nodes.get_mut(name) else { return };
+        let of_node = std::mem::take(&mut node.placed);
+        let (pods, others) = of_node.into_iter().partition(|key| key.kind() == Kind::Pod);
+        node.placed = others;
+        let pods: BTreeSet<Key> = pods;
+        for key in pods {
+            if let Some(placed) = self.placed.remove(&key) {
+                self.release(name, &placed.references);
+            }
         }
     }
 
-    /// A live pod of `node` refers to `key`.
-    fn refer(&mut self, node: &str, key: &Key, now_ms: i64) {
-        let listed = self.listed.contains(&key.kind);
-        let config = self.configs.entry(key.clone()).or_insert_with(|| {
-            // Before the first list is complete the list itself brings the object.
-            if listed {
-                self.outputs.push_back(Output::Fetch(key.clone()));
+    /// Something live on `name` refers to `key`. Returns the key as it is held.
+    fn refer(&mut self, name: &Arc<str>, key: &Key) -> Key {
+        let key = match self.shared.get_key_value(key) {
+            Some((held, _)) => held.clone(),
+            None => {
+                let mut shared = Shared::unknown();
+                if self.listed.contains(&key.kind()) {
+                    if key.kind().is_custom() {
+                        shared.state = SharedState::Absent;
+                    } else {
+                        // Before the first list is complete the list itself brings the object.
+                        self.fetch(key);
+                    }
+                }
+                self.shared.insert(key.clone(), shared);
+                key.clone()
             }
-            Config { users: BTreeMap::new(), state: ConfigState::Unknown }
-        });
-        *config.users.entry(node.into()).or_default() += 1;
-        self.compare(node, key, None, now_ms);
+        };
+        let shared = self.shared.get_mut(&key).expect("was found or made just now");
+        *shared.users.entry(Arc::clone(name)).or_default() += 1;
+        self.mark(name, &key);
+        key
     }
 
-    /// A live pod of `node` refers to these no longer.
-    fn release(&mut self, node: &str, keys: &BTreeSet<Key>, now_ms: i64) {
+    /// Something live on `name` refers to these no longer.
+    fn release(&mut self, name: &Arc<str>, keys: &[Key]) {
         for key in keys {
-            let Some(config) = self.configs.get_mut(key) else { continue };
-            if let Some(count) = config.users.get_mut(node) {
+            let Some(shared) = self.shared.get_mut(key) else { continue };
+            if let Some(count) = shared.users.get_mut(name) {
                 *count -= 1;
                 if *count == 0 {
-                    config.users.remove(node);
+                    shared.users.remove(name);
                 }
             }
-            if config.users.is_empty() {
-                self.configs.remove(key);
+            let is_present = matches!(shared.state, SharedState::Present(_));
+            if shared.users.is_empty() && !(key.kind().is_custom() && is_present) {
+                self.shared.remove(key);
             }
-            self.compare(node, key, None, now_ms);
+            self.mark(name, key);
         }
     }
 
-    fn compare_users(&mut self, key: &Key, last: Option<&Version>, now_ms: i64) {
-        let users: Vec<String> = self
-            .configs
-            .get(key)
-            .map(|config| config.users.keys().cloned().collect())
-            .unwrap_or_default();
-        for node in users {
-            self.compare(&node, key, last, now_ms);
+    /// Marks `key` on every node that uses it.
+    fn mark_users(&mut self, key: &Key) {
+        let Some(shared) = self.shared.get(key) else { return };
+        let users: Vec<Arc<str>> = shared.users.keys().cloned().collect();
+        for name in users {
+            self.mark(&name, key);
         }
     }
 
-    /// What `node` should have under `key`.
+    /// Marks the devices of a node that wait for this model.
+    fn mark_devices(&mut self, name: &Arc<str>, model: &Key) {
+        let placed = self.nodes.get(name).into_iter().flat_map(|node| &node.placed);
+        let refers = |of: &&Key| {
+            of.kind() == Kind::Device
+                && self.placed.get(of).is_some_and(|device| device.references.contains(model))
+        };
+        for device in placed.filter(refers).cloned().collect::<Vec<_>>() {
+            self.mark(name, &device);
+        }
+    }
+
+    /// What `node` should have under `key`, which is not [`Kind::Watched`].
     fn wanted(&self, node: &str, key: &Key) -> Wanted<'_> {
-        match key.kind {
-            Kind::Pod => match self.pods.get(key).filter(|pod| pod.node == node) {
-                Some(pod) => Wanted::Present(&pod.version),
-                None => Wanted::Absent,
-            },
-            Kind::Node if key.name != node => Wanted::Absent,
+        if self.unavailable.contains(&key.kind()) {
+            return Wanted::Unjudged;
+        }
+        match key.kind() {
+            Kind::Pod | Kind::Device => {
+                match self.placed.get(key).filter(|placed| *placed.node == *node) {
+                    Some(placed) if self.is_complete(placed) => Wanted::Present(&placed.version),
+                    Some(_) => Wanted::Unjudged,
+                    None => Wanted::Absent,
+                }
+            }
+            Kind::Node if key.name() != node => Wanted::Absent,
             Kind::Node => match self.nodes.get(node).map(|node| &node.object) {
                 Some(NodeObject::Present(version)) => Wanted::Present(version),
                 Some(NodeObject::Foreign) => Wanted::Unknown,
                 _ => Wanted::Absent,
             },
-            _ => match self.configs.get(key).filter(|config| config.users.contains_key(node)) {
+            _ => match self.shared.get(key).filter(|shared| shared.users.contains_key(node)) {
                 None => Wanted::Absent,
-                Some(config) => match &config.state {
-                    ConfigState::Unknown => Wanted::Unknown,
-                    ConfigState::Absent => Wanted::Absent,
-                    ConfigState::Present(version) => Wanted::Present(version),
+                Some(shared) => match &shared.state {
+                    SharedState::Unknown(_) => Wanted::Unknown,
+                    SharedState::Absent => Wanted::Absent,
+                    SharedState::Present(version) => Wanted::Present(version),
                 },
             },
         }
     }
 
-    /// Sends what takes `node` from what it has under `key` to what it should have, if it is live.
-    ///
-    /// `last` is the object that has just gone, for the body of the delete.
-    fn compare(&mut self, name: &str, key: &Key, last: Option<&Version>, now_ms: i64) {
-        let Some(node) = self.nodes.get(name) else { return };
-        let Some(Session { phase: Phase::Live, .. }) = node.session else { return };
-        let known = node.known.get(key);
-        let version = match (self.wanted(name, key), known) {
-            (Wanted::Unknown, _) | (Wanted::Absent, None) => return,
-            (Wanted::Absent, Some(known)) => {
-                let uid = known.uid.clone();
-                self.nodes.get_mut(name).expect("was found just now").known.remove(key);
-                return self.send_delete(name, key, &uid, last, now_ms);
-            }
-            (Wanted::Present(version), _) => version,
-        };
-        let is_same =
-            |known: &Known| known.uid == version.uid && version.is_same_as(&known.resource_version);
-        if known.is_some_and(is_same) {
-            return;
-        }
-        // Containers belong to a uid, so the old pod has to go first.
-        let replaced = known
-            .filter(|known| key.kind == Kind::Pod && known.uid != version.uid)
-            .map(|known| known.uid.clone());
-        let operation = match key.kind {
-            Kind::Node | Kind::Secret => Operation::Update,
-            _ if version.terminating => Operation::Update,
-            _ if known.is_some() && replaced.is_none() => Operation::Update,
-            _ => Operation::Insert,
-        };
-        let message = version.message(key, operation, now_ms);
-        let now_known =
-            Known { uid: version.uid.clone(), resource_version: version.resource_version.clone() };
-        if let Some(uid) = replaced {
-            self.send_delete(name, key, &uid, None, now_ms);
-        }
-        let node = self.nodes.get_mut(name).expect("was found just now");
-        node.known.insert(key.clone(), now_known);
-        self.send(name, message);
+    /// Whether it can be sent: a device is of no use before its model is there. A pod is; it waits on the node.
+    fn is_complete(&self, placed: &Placed) -> bool {
+        placed.references.iter().filter(|key| key.kind() == Kind::DeviceModel).all(|key| {
+            let shared = self.shared.get(key);
+            shared.is_some_and(|shared| matches!(shared.state, SharedState::Present(_)))
+        })
     }
 
-    fn send_delete(
-        &mut self,
-        name: &str,
-        key: &Key,
-        uid: &str,
-        last: Option<&Version>,
-        now_ms: i64,
-    ) {
-        let message = delete_message(key, uid, last, now_ms);
-        if let Some(node) = self.nodes.get_mut(name) {
-            node.deleting.insert((key.clone(), uid.into()), message.header.msg_id.clone());
+    /// Keeps the last state of an object that `name` holds and should not; while it is away, only of devices, whose
+    /// mappers have to be told with it.
+    fn bury(&mut self, name: &str, key: &Key, version: &Arc<Version>) {
+        let Some(node) = self.nodes.get_mut(name) else { return };
+        let is_told = node.session.is_some() || key.kind() == Kind::Device;
+        if is_told && node.known.contains_key(key) && node.graves.len() < GRAVES_MAX {
+            node.graves.insert(key.clone(), Arc::clone(version));
         }
-        self.send(name, message);
     }
 
-    fn send(&mut self, name: &str, message: Message) {
-        if let Some(session) = self.session(name) {
-            let message = Box::new(message);
-            self.outputs.push_back(Output::Send { node: name.into(), session, message });
+    /// The name as it is held, so that all who keep it share it.
+    fn intern_node(&self, name: &str) -> Arc<str> {
+        self.nodes.get_key_value(name).map_or_else(|| name.into(), |(name, _)| Arc::clone(name))
+    }
+
+    /// Drops a node of which nothing is left. What a removed node holds is forgotten with it, as its records are.
+    fn tidy_node(&mut self, name: &str) {
+        let is_over = |node: &Node| {
+            matches!(node.object, NodeObject::Absent)
+                && node.session.is_none()
+                && node.placed.is_empty()
+                && (node.removed || node.known.is_empty())
+        };
+        if self.nodes.get(name).is_some_and(is_over) {
+            self.nodes.remove(name);
         }
     }
 }
@@ -922,121 +1005,17 @@ impl Node {
     fn is_foreign(&self) -> bool {
         matches!(self.object, NodeObject::Foreign) && !self.edge
     }
-}
 
-impl Known {
-    /// Held in a version that is none, so that the next comparison sends the object.
-    fn of_version_unknown(uid: String) -> Self {
-        Self { uid, resource_version: String::new() }
+    /// Its connection, once differences go out.
+    fn live(&mut self) -> Option<&mut Session> {
+        self.session.as_deref_mut().filter(|session| matches!(session.phase, Phase::Live))
     }
 }
 
-impl Version {
-    /// Reads `object`. `None` when it is no object, or older than `old`.
-    fn read(kind: Kind, mut object: Value, old: Option<&Self>) -> Option<Self> {
-        let metadata = object.get_mut("metadata")?.as_object_mut()?;
-        metadata.remove("managedFields");
-        let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
-        let uid = text(metadata.get("uid"))?;
-        let resource_version = text(metadata.get("resourceVersion"))?;
-        let terminating = metadata.contains_key("deletionTimestamp");
-        let old = old.filter(|old| old.uid == uid);
-        if let Some(old) = old
-            && let (Some(held), Some(new)) =
-                (number(&old.resource_version), number(&resource_version))
-            && new < held
-        {
-            return None;
-        }
-        object["kind"] = kind.api_kind().into();
-        object["apiVersion"] = "v1".into();
-        let fingerprint = fingerprint(kind, &object);
-        let since = match old.filter(|old| old.fingerprint == fingerprint) {
-            Some(old) => old.since.clone(),
-            None => resource_version.clone(),
-        };
-        let text = skerry_protocol::message::raw(&object);
-        Some(Self { uid, resource_version, since, fingerprint, text, terminating })
+impl Shared {
+    fn unknown() -> Self {
+        Self { users: BTreeMap::new(), state: SharedState::Unknown(None) }
     }
-
-    /// Whether a node that holds `resource_version` of the same object has everything that matters.
-    fn is_same_as(&self, resource_version: &str) -> bool {
-        if self.resource_version == resource_version {
-            return true;
-        }
-        let between = || {
-            let held = number(resource_version)?;
-            Some(number(&self.since)? <= held && held <= number(&self.resource_version)?)
-        };
-        between().unwrap_or(false)
-    }
-
-    fn message(&self, key: &Key, operation: Operation, now_ms: i64) -> Message {
-        Message::new(now_ms, SOURCE, GROUP, operation, key.to_string(), &self.text)
-            .with_version(&self.resource_version)
-    }
-}
-
-/// A delete with the last object, or with a stub that names it.
-fn delete_message(key: &Key, uid: &str, last: Option<&Version>, now_ms: i64) -> Message {
-    if let Some(last) = last.filter(|last| last.uid == uid) {
-        return last.message(key, Operation::Delete, now_ms);
-    }
-    let mut metadata = serde_json::json!({"name": key.name, "uid": uid});
-    if key.kind != Kind::Node {
-        metadata["namespace"] = key.namespace.as_str().into();
-    }
-    let stub = serde_json::json!({"metadata": metadata});
-    Message::new(now_ms, SOURCE, GROUP, Operation::Delete, key.to_string(), &stub)
-}
-
-/// What a digest tells about objects of the kinds that go down; the rest is not ours to judge.
-fn held_keys(digest: &Digest) -> impl Iterator<Item = (Key, Known)> + '_ {
-    digest.objects.iter().filter_map(|(path, held)| {
-        let key = Key::of_path(&path.parse().ok()?)?;
-        let known = Known { uid: held.uid.clone(), resource_version: held.rv.clone() };
-        Some((key, known))
-    })
-}
-
-/// Hash of everything in an object that a node cares about.
-fn fingerprint(kind: Kind, object: &Value) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    let fields = object.as_object().into_iter().flatten();
-    for (name, value) in fields {
-        match (name.as_str(), kind) {
-            ("metadata", _) => {
-                let left_out = ["resourceVersion", "managedFields", "generation"];
-                let metadata = value.as_object().into_iter().flatten();
-                for (name, value) in metadata.filter(|(name, _)| !left_out.contains(&name.as_str()))
-                {
-                    hasher.write(name.as_bytes());
-                    hasher.write(value.to_string().as_bytes());
-                }
-            }
-            ("status", Kind::Pod) => {
-                let gates = &object["spec"]["readinessGates"];
-                let gates = gates.as_array().into_iter().flatten();
-                let gates: Vec<&Value> = gates.map(|gate| &gate["conditionType"]).collect();
-                let conditions = value["conditions"].as_array().into_iter().flatten();
-                for condition in conditions.filter(|condition| gates.contains(&&condition["type"]))
-                {
-                    hasher.write(condition.to_string().as_bytes());
-                }
-            }
-            ("status", _) => {}
-            _ => {
-                hasher.write(name.as_bytes());
-                hasher.write(value.to_string().as_bytes());
-            }
-        }
-    }
-    hasher.finish()
-}
-
-/// Resource versions of a Kubernetes API are decimal numbers that grow; anything else is only compared for equality.
-fn number(resource_version: &str) -> Option<u64> {
-    resource_version.parse().ok()
 }
 
 #[cfg(test)]

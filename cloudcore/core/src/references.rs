@@ -1,9 +1,10 @@
-//! Which ConfigMaps and Secrets a pod needs to run.
+//! Which ConfigMaps and Secrets a pod needs to run, and what else goes with a pod or a device.
 //!
 //! KubeEdge looks at volumes (configMap, secret, projected), at containers' `envFrom` and `env.valueFrom`, and at
 //! `imagePullSecrets`. Ours adds init and ephemeral containers, and the secret references inside other volume types.
+//! What its service account may do is an object of the same name as that account.
 //!
-//! Source: kubeedge/kubeedge, cloud/pkg/edgecontroller/manager/location.go.
+//! Source: kubeedge/kubeedge, cloud/pkg/edgecontroller/manager/location.go, cloud/pkg/policycontroller/manager.
 
 use crate::downstream::{Key, Kind};
 use serde_json::Value;
@@ -26,6 +27,17 @@ pub fn of_pod(pod: &Value) -> BTreeSet<Key> {
     }
     items(&spec["volumes"]).for_each(|volume| found.volume(volume));
     items(&spec["imagePullSecrets"]).for_each(|secret| found.add(Kind::Secret, &secret["name"]));
+    found.add(Kind::ServiceAccountAccess, &spec["serviceAccountName"]);
+    found.keys
+}
+
+/// The model of `device`, in the device's own namespace.
+pub fn of_device(device: &Value) -> BTreeSet<Key> {
+    let mut found = References {
+        namespace: text(&device["metadata"]["namespace"]).unwrap_or_default(),
+        keys: BTreeSet::new(),
+    };
+    found.add(Kind::DeviceModel, &device["spec"]["deviceModelRef"]["name"]);
     found.keys
 }
 

@@ -1,5 +1,6 @@
-//! A fleet in one thread: [`Downstream`] and [`Delivery`] over links that are cut, with a hub that restarts and watches
-//! that lag, against an edge that only stores. Time is virtual and every choice comes from a seed.
+//! A fleet in one thread: [`Downstream`] and [`Delivery`] over links that are cut, with a hub that restarts, watches
+//! that lag and records that are written late or never, against an edge that only stores. Time is virtual and every
+//! choice comes from a seed.
 //!
 //! Replay one run with `SKERRY_SEED=<seed>`; a failure prints its seed.
 
@@ -10,16 +11,20 @@
 
 use serde_json::{Value, json};
 use skerry_cloudcore_core::downstream::{Downstream, Input, Key, Kind, Output, SessionId};
+use skerry_cloudcore_core::objectsync::{Action, Outcome, Scope, SyncSpec, Word, Write};
+use skerry_cloudcore_core::references;
 use skerry_protocol::capability::Capabilities;
-use skerry_protocol::delivery::{Delivery, Event, ack_required};
+use skerry_protocol::delivery::{Delivery, Event, Settings, ack_required};
 use skerry_protocol::digest::{self, Digest, Held};
 use skerry_protocol::{Message, Operation};
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const NODES: [&str; 3] = ["edge1", "edge2", "edge3"];
 const CONFIGS: [&str; 3] = ["a", "b", "c"];
-const SEEDS: u64 = 150;
+const MODELS: [&str; 2] = ["m", "n"];
+const SEEDS: u64 = 60;
 const STEPS: usize = 600;
 /// Steps after the last change until everything has to be settled.
 const SETTLE_STEPS: usize = 20_000;
@@ -30,8 +35,13 @@ fn nodes_of_ours_converge_through_cuts_and_hub_restarts() {
 }
 
 #[test]
-fn stock_nodes_converge_through_cuts() {
+fn stock_nodes_converge_through_cuts_and_hub_restarts() {
     run_seeds(Fleet::Stock);
+}
+
+#[test]
+fn stock_nodes_converge_through_cuts_where_nothing_is_recorded() {
+    run_seeds(Fleet::StockUnrecorded);
 }
 
 fn run_seeds(fleet: Fleet) {
@@ -45,12 +55,16 @@ fn run_seeds(fleet: Fleet) {
     }
 }
 
-/// Which edges take part. A hub restart loses what it knows of stock edges, so there it is left out.
+/// Which edges take part. Without records a hub restart loses what it knows of stock edges, so there it is left out.
 #[derive(Clone, Copy, PartialEq)]
 enum Fleet {
     Ours,
     Stock,
+    StockUnrecorded,
 }
+
+/// Records in the cluster, by namespace and name.
+type Records = BTreeMap<(Option<Arc<str>>, Arc<str>), (SyncSpec, Option<Arc<str>>)>;
 
 struct Random(u64);
 
@@ -75,6 +89,12 @@ struct World {
     watches: BTreeMap<Kind, VecDeque<Input>>,
     /// Reads that the hub asked for.
     reads: VecDeque<Output>,
+    /// What each node has acknowledged, as the cluster has it.
+    records: Records,
+    /// Words about records on their way to the hub.
+    words: VecDeque<Word>,
+    /// Writes of records that the hub asked for.
+    writes: VecDeque<Write>,
     hub: Downstream,
     sessions: BTreeMap<SessionId, (String, Delivery)>,
     next_session: SessionId,
@@ -105,6 +125,9 @@ impl World {
             api: BTreeMap::new(),
             watches: BTreeMap::new(),
             reads: VecDeque::new(),
+            records: Records::new(),
+            words: VecDeque::new(),
+            writes: VecDeque::new(),
             hub: Downstream::default(),
             sessions: BTreeMap::new(),
             next_session: 1,
@@ -116,17 +139,29 @@ impl World {
 
     fn run(mut self) {
         for _ in 0..STEPS {
-            match self.random.below(40) {
+            match self.random.below(44) {
                 0..=3 => self.change_config(),
                 4..=7 => self.change_pod(),
                 8 => self.delete_config(),
                 9..=10 => self.delete_pod(),
                 11 => self.cut(),
                 12..=14 => self.connect(),
-                15 if self.fleet == Fleet::Ours && self.random.below(10) == 0 => self.restart_hub(),
+                15 if self.fleet != Fleet::StockUnrecorded && self.random.below(10) == 0 => {
+                    self.restart_hub();
+                }
                 16 => self.now += Duration::from_millis(self.random.below(7_000) as u64),
                 17 => self.touch_node(),
+                18..=20 => self.change_device(),
+                21 => self.change_model(),
+                22 => self.delete_some(Kind::Device, "dev"),
+                23 => self.delete_model(),
                 _ => self.move_something(),
+            }
+        }
+        // A device without its model is in between; with all models there, every device has its place.
+        for name in MODELS {
+            if !self.api.contains_key(&key(Kind::DeviceModel, name)) {
+                self.write_model(name);
             }
         }
         for _ in 0..SETTLE_STEPS {
@@ -140,11 +175,28 @@ impl World {
         for name in NODES {
             assert_eq!(self.edges[name].stored, self.desired(name), "what `{name}` holds");
         }
+        if self.fleet == Fleet::Stock {
+            let held = self.edges.iter().flat_map(|(name, edge)| {
+                edge.stored
+                    .values()
+                    .map(move |held| (format!("{name}.{}", held.uid), held.rv.clone()))
+            });
+            let recorded = self.records.iter().map(|((_, name), (_, version))| {
+                (name.to_string(), version.as_deref().unwrap_or_default().to_owned())
+            });
+            let held: BTreeMap<_, _> = held.collect();
+            let mut recorded: BTreeMap<_, _> = recorded.collect();
+            // One of an object that went may stay until the node's next connection, which deletes the object once more.
+            recorded.retain(|name, _| held.contains_key(name));
+            assert_eq!(recorded, held, "what is recorded");
+        }
     }
 
     fn is_settled(&mut self) -> bool {
         self.drain_hub();
-        self.watches.values().all(VecDeque::is_empty)
+        self.words.is_empty()
+            && self.writes.is_empty()
+            && self.watches.values().all(VecDeque::is_empty)
             && self.reads.is_empty()
             && self.hub.poll_timeout().is_none()
             && self.sessions.values().all(|(_, delivery)| delivery.is_empty())
@@ -157,10 +209,15 @@ impl World {
     fn desired(&self, node: &str) -> BTreeMap<String, Held> {
         let mut desired = BTreeMap::new();
         let mut keys = BTreeSet::from([key(Kind::Node, node)]);
-        for (pod_key, pod) in &self.api {
-            if pod_key.kind() == Kind::Pod && pod["spec"]["nodeName"] == node {
-                keys.insert(pod_key.clone());
-                keys.extend(skerry_cloudcore_core::references::of_pod(pod));
+        for (placed, object) in &self.api {
+            let references = match placed.kind() {
+                Kind::Pod => references::of_pod(object),
+                Kind::Device => references::of_device(object),
+                _ => continue,
+            };
+            if object["spec"]["nodeName"] == node {
+                keys.insert(placed.clone());
+                keys.extend(references);
             }
         }
         for key in keys {
@@ -220,6 +277,45 @@ impl World {
         self.write(Kind::Pod, object);
     }
 
+    fn change_device(&mut self) {
+        let name = format!("dev{}", self.random.below(4));
+        let key = key(Kind::Device, &name);
+        let mark = self.version + 1;
+        let mut object = self.api.get(&key).cloned().unwrap_or_else(|| self.fresh(&key));
+        let is_new = object.get("spec").is_none();
+        if is_new || self.random.below(4) == 0 {
+            // A device may move; that of a pod never changes.
+            object["spec"]["nodeName"] = NODES[self.random.below(NODES.len())].into();
+            let model = MODELS[self.random.below(MODELS.len())];
+            object["spec"]["deviceModelRef"]["name"] = model.into();
+        }
+        object["spec"]["mark"] = mark.into();
+        self.write(Kind::Device, object);
+    }
+
+    fn change_model(&mut self) {
+        let name = MODELS[self.random.below(MODELS.len())];
+        self.write_model(name);
+    }
+
+    fn write_model(&mut self, name: &str) {
+        let key = key(Kind::DeviceModel, name);
+        let mark = self.version + 1;
+        let mut object = self.api.get(&key).cloned().unwrap_or_else(|| self.fresh(&key));
+        object["spec"] = json!({"mark": mark});
+        self.write(Kind::DeviceModel, object);
+    }
+
+    fn delete_model(&mut self) {
+        let name = MODELS[self.random.below(MODELS.len())];
+        self.delete(&key(Kind::DeviceModel, name));
+    }
+
+    fn delete_some(&mut self, kind: Kind, prefix: &str) {
+        let name = format!("{prefix}{}", self.random.below(4));
+        self.delete(&key(kind, &name));
+    }
+
     fn touch_node(&mut self) {
         let name = NODES[self.random.below(NODES.len())];
         let key = key(Kind::Node, name);
@@ -253,7 +349,27 @@ impl World {
         }
         self.sessions.clear();
         self.reads.clear();
+        // What was under way may have been done, and nobody hears of it.
+        while let Some(write) = self.writes.pop_front() {
+            if self.random.below(2) == 0 {
+                self.write_record(&write);
+            }
+        }
+        self.words.clear();
         self.hub = Downstream::default();
+        if self.fleet == Fleet::StockUnrecorded {
+            self.words.push_back(Word::Unavailable);
+        } else {
+            for (id, record) in &self.records {
+                self.words.push_back(seen(id, record));
+            }
+            for scope in [Scope::Namespaced, Scope::Cluster] {
+                let of_scope =
+                    |namespace: &Option<_>| namespace.is_none() == (scope == Scope::Cluster);
+                let names = self.records.keys().filter(|(namespace, _)| of_scope(namespace));
+                self.words.push_back(Word::Listed(scope, names.cloned().collect()));
+            }
+        }
         for kind in Kind::ALL {
             let of_kind: Vec<_> = self.api.iter().filter(|(key, _)| key.kind() == kind).collect();
             let keys = of_kind.iter().map(|(key, _)| (*key).clone()).collect();
@@ -262,6 +378,38 @@ impl World {
             events.push_back(Input::Listed(kind, keys));
             self.watches.insert(kind, events);
         }
+    }
+
+    /// What the API does for a write.
+    fn write_record(&mut self, write: &Write) -> Outcome {
+        let id = (write.id.namespace.clone(), Arc::from(write.name()));
+        let version = match &write.action {
+            Action::Delete => {
+                if self.records.remove(&id).is_some() {
+                    let (namespace, name) = id;
+                    self.words.push_back(Word::Gone { name, namespace });
+                }
+                return Outcome::Done;
+            }
+            Action::Create(version) => {
+                let record = (write.spec.clone(), None);
+                let record = self.records.entry(id.clone()).or_insert(record);
+                let word = seen(&id, record);
+                self.words.push_back(word);
+                if self.random.below(8) == 0 {
+                    // The API had a bad moment between the two requests.
+                    return Outcome::Failed;
+                }
+                version
+            }
+            Action::Status(version) => version,
+        };
+        let Some(record) = self.records.get_mut(&id) else { return Outcome::Missing };
+        record.1 = Some(Arc::clone(version));
+        let word = seen(&id, record);
+        self.words.push_back(word);
+        // The answer of a write that was done may be lost.
+        if self.random.below(8) == 0 { Outcome::Failed } else { Outcome::Done }
     }
 
     fn input(&mut self, input: Input) {
@@ -274,13 +422,17 @@ impl World {
             match output {
                 Output::Send { node, session, message } => {
                     let (owner, delivery) = self.sessions.get_mut(&session).expect("a session");
-                    assert_eq!(*owner, node);
+                    assert_eq!(**owner, *node);
                     delivery.queue(*message).expect("there is room");
                 }
                 Output::Close { node, session, .. } => {
                     self.sessions.remove(&session);
-                    let edge = self.edges.get_mut(&node).expect("an edge");
+                    let edge = self.edges.get_mut(&*node).expect("an edge");
                     edge.link.take_if(|link| link.session == session);
+                }
+                Output::Sync(write) => {
+                    assert!(self.fleet == Fleet::Stock, "no record without need: {write:?}");
+                    self.writes.push_back(write);
                 }
                 read @ (Output::Fetch(_) | Output::Relist(_)) => self.reads.push_back(read),
             }
@@ -308,9 +460,10 @@ impl World {
     fn open_link(&mut self, name: &str) {
         let session = self.next_session;
         self.next_session += 1;
-        self.sessions.insert(session, (name.into(), Delivery::default()));
         let ours = self.fleet == Fleet::Ours;
-        let capabilities = Capabilities { digest: ours };
+        let settings = if ours { Settings::ours() } else { Settings::stock() };
+        self.sessions.insert(session, (name.into(), Delivery::new(settings)));
+        let capabilities = Capabilities { digest: ours, ..Capabilities::default() };
         self.input(Input::Connected { node: name.into(), session, capabilities });
         let edge = self.edges.get_mut(name).expect("an edge");
         let mut link = Link { session, down: VecDeque::new(), up: VecDeque::new() };
@@ -344,9 +497,9 @@ impl World {
     // Something that is on its way arrives.
 
     fn move_something(&mut self) {
-        match self.random.below(4) {
+        match self.random.below(6) {
             0 => {
-                let kind = Kind::ALL[self.random.below(4)];
+                let kind = Kind::ALL[self.random.below(Kind::ALL.len())];
                 if let Some(event) = self.watches.get_mut(&kind).and_then(VecDeque::pop_front) {
                     self.input(event);
                 }
@@ -354,14 +507,30 @@ impl World {
             1 => match self.reads.pop_front() {
                 Some(Output::Fetch(key)) => {
                     let object = self.api.get(&key).cloned();
-                    self.input(Input::Fetched(key, object));
+                    self.input(Input::Fetched(key, object, Some(self.version)));
                 }
                 Some(Output::Relist(node)) => {
-                    let is_of = |pod: &&Value| pod["spec"]["nodeName"] == node.as_str();
-                    let pods = self.api.values().filter(is_of).cloned().collect();
-                    self.input(Input::Relisted(node, pods));
+                    let pods = self.api.iter().filter(|(key, _)| key.kind() == Kind::Pod);
+                    let pods = pods.map(|(_, pod)| pod.clone());
+                    let pods =
+                        pods.filter(|pod| pod["spec"]["nodeName"] == node.as_str()).collect();
+                    self.input(Input::Relisted(node, pods, Some(self.version)));
                 }
                 _ => self.input(Input::Tick),
+            },
+            2 => match self.random.below(2) {
+                0 => {
+                    if let Some(word) = self.words.pop_front() {
+                        self.input(Input::Sync(word));
+                    }
+                }
+                _ => {
+                    if let Some(write) = self.writes.pop_front() {
+                        let outcome = self.write_record(&write);
+                        let Write { node, id, .. } = write;
+                        self.input(Input::Sync(Word::Written { node, id, outcome }));
+                    }
+                }
             },
             _ => {
                 let name = NODES[self.random.below(NODES.len())];
@@ -379,9 +548,11 @@ impl World {
         let edge = self.edges.get_mut(name).expect("an edge");
         let Some(link) = &mut edge.link else { return };
         let Some((_, delivery)) = self.sessions.get_mut(&link.session) else { return };
+        let session = link.session;
         while let Some(message) = delivery.poll_transmit(self.now) {
             link.down.push_back((*message).clone());
         }
+        self.report(name, session);
     }
 
     fn receive_down(&mut self, name: &str) {
@@ -393,6 +564,10 @@ impl World {
             return;
         }
         edge.store(name, &message);
+        if self.random.below(20) == 0 {
+            // Stored, and the acknowledgement does not come this time.
+            return;
+        }
         let link = edge.link.as_mut().expect("it delivered just now");
         link.up.push_back(message.ack(0));
     }
@@ -408,15 +583,25 @@ impl World {
             return self.input(Input::Digest { node: name.into(), session, digest, request });
         }
         let Some((_, delivery)) = self.sessions.get_mut(&session) else { return };
-        delivery.handle_ack(&message.header.parent_msg_id);
-        let mut acked = Vec::new();
-        while let Some(event) = delivery.poll_event() {
-            if let Event::Delivered(message) = event {
-                acked.push(message);
-            }
-        }
-        for message in acked {
-            self.input(Input::Acked { node: name.into(), session, message });
+        delivery.handle_ack(&message.header.parent_msg_id, self.now);
+        self.report(name, session);
+    }
+
+    /// Tells the hub what became of messages.
+    fn report(&mut self, name: &str, session: SessionId) {
+        let Some((_, delivery)) = self.sessions.get_mut(&session) else { return };
+        let events: Vec<_> = std::iter::from_fn(|| delivery.poll_event()).collect();
+        for event in events {
+            let node = name.to_owned();
+            self.input(match event {
+                Event::Delivered(message) => Input::Acked { node, session, message },
+                Event::Unanswered(message) => {
+                    Input::Unanswered { node, session, message, dropped: false }
+                }
+                Event::Dropped(message) => {
+                    Input::Unanswered { node, session, message, dropped: true }
+                }
+            });
         }
     }
 }
@@ -439,12 +624,24 @@ impl Edge {
             assert_eq!(object["spec"]["nodeName"], name, "a pod of another node");
             assert!(!self.deleted.contains(&new.uid), "{path} {} came back", new.uid);
         }
+        let model = &object["spec"]["deviceModelRef"]["name"];
+        if let Some(model) = model.as_str()
+            && self.stored.get(&path) != Some(&new)
+        {
+            let model = format!("default/devicemodel/{model}");
+            assert!(self.stored.contains_key(&model), "{path} came before its model");
+        }
         if let Some(old) = self.stored.get(&path).filter(|old| old.uid == new.uid) {
             let number = |held: &Held| held.rv.parse::<u64>().expect("a number");
             assert!(number(old) <= number(&new), "{path} went back");
         }
         self.stored.insert(path, new);
     }
+}
+
+fn seen(id: &(Option<Arc<str>>, Arc<str>), record: &(SyncSpec, Option<Arc<str>>)) -> Word {
+    let ((namespace, name), (spec, version)) = (id.clone(), record.clone());
+    Word::Seen { name, namespace, spec, version }
 }
 
 fn held(object: &Value) -> Held {

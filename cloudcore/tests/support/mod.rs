@@ -3,6 +3,9 @@
 // Each test file uses a part of it.
 #![allow(dead_code, unreachable_pub)]
 
+pub mod own;
+pub mod upstream;
+
 use bytes::Bytes;
 use futures::{SinkExt, StreamExt};
 use http_body_util::{BodyExt, Full};
@@ -15,10 +18,12 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, Server
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use skerry_apiserver::{ApiServer, Durability};
-use skerry_cloudcore::{CloudCore, Config, JoinToken, create_token};
+use skerry_cloudcore::{CloudCore, Config, JoinToken, LinkInfo, Rate, create_token};
 use skerry_protocol::capability::{self, Capabilities};
 use skerry_protocol::delivery::ack_required;
-use skerry_protocol::{Message, Operation};
+use skerry_protocol::message::MESSAGE_LEN_MAX;
+use skerry_protocol::{Message, Operation, batch};
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,7 +36,7 @@ use tokio_tungstenite::tungstenite::{Error as WsError, Message as WsMessage};
 
 /// No step of a test takes longer on a working machine.
 pub const PATIENCE: Duration = Duration::from_secs(20);
-const ANY: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
+pub const ANY: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
 
 /// An API server, CloudCore, and an administrator.
 pub struct Cluster {
@@ -43,6 +48,11 @@ pub struct Cluster {
 
 impl Cluster {
     pub async fn start() -> Self {
+        Self::start_with(|_| ()).await
+    }
+
+    /// With another configuration of CloudCore.
+    pub async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let config = skerry_apiserver::Config {
             dir: dir.path().into(),
@@ -54,16 +64,76 @@ impl Cluster {
         };
         let api = ApiServer::start(config).await.expect("the API starts");
         let admin = api.client("admin", &["system:masters"]);
-        let cloud = start_cloud(&api, &["127.0.0.1"]).await;
+        let cloud = start_cloud(&api, &["127.0.0.1"], change).await;
         Self { api, cloud, admin, _dir: dir }
     }
 
     /// Stops CloudCore and starts it again, with these names.
     pub async fn restart_cloud(self, advertise: &[&str]) -> Self {
+        self.restart_cloud_after(advertise, async |_| ()).await
+    }
+
+    /// The same, with something that happens while no CloudCore runs.
+    pub async fn restart_cloud_after(
+        self,
+        advertise: &[&str],
+        meanwhile: impl AsyncFnOnce(&kube::Client),
+    ) -> Self {
         let Self { api, cloud, admin, _dir } = self;
         cloud.shutdown().await;
-        let cloud = start_cloud(&api, advertise).await;
+        meanwhile(&admin).await;
+        let cloud = start_cloud(&api, advertise, |_| ()).await;
         Self { api, cloud, admin, _dir }
+    }
+
+    /// The same, with another rate of new links.
+    pub async fn start_with_rate(admission: Rate) -> Self {
+        let cluster = Self::start().await;
+        let Self { api, cloud, admin, _dir } = cluster;
+        cloud.shutdown().await;
+        let config = Config { admission, ..config(&["127.0.0.1"]) };
+        let client = api.client("cloudcore", &["skerry:cloudcore"]);
+        let cloud = CloudCore::start(client, config).await.expect("cloudcore starts");
+        Self { api, cloud, admin, _dir }
+    }
+
+    /// Waits until the links are as wanted, and returns them.
+    pub async fn links_until(&self, wanted: impl Fn(&[LinkInfo]) -> bool) -> Vec<LinkInfo> {
+        let waiting = async {
+            loop {
+                let links = self.cloud.links().await;
+                if wanted(&links) {
+                    return links;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        match tokio::time::timeout(PATIENCE, waiting).await {
+            Ok(links) => links,
+            Err(_) => panic!("the links stay {:#?}", self.cloud.links().await),
+        }
+    }
+
+    /// One page of the monitor.
+    pub async fn monitor(&self, path: &str) -> (u16, String) {
+        let address = self.cloud.monitor_addr().expect("the monitor is on");
+        let stream = TcpStream::connect(address).await.expect("it listens");
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.expect("HTTP");
+        tokio::spawn(connection);
+        let request = http::Request::get(path).header("host", "monitor");
+        let request = request.body(Full::<Bytes>::default()).expect("a request");
+        let response = sender.send_request(request).await.expect("an answer");
+        let status = response.status().as_u16();
+        let body = response.into_body().collect().await.expect("a body").to_bytes();
+        (status, String::from_utf8(body.to_vec()).expect("a text"))
+    }
+
+    /// The value of a counter or gauge, by its name and labels as they stand there.
+    pub async fn metric(&self, name: &str) -> u64 {
+        let (_, text) = self.monitor("/metrics").await;
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no {name} in {text}")).parse().expect("a number")
     }
 
     pub async fn stop(self) {
@@ -120,16 +190,31 @@ impl Cluster {
     }
 }
 
-async fn start_cloud(api: &ApiServer, advertise: &[&str]) -> CloudCore {
-    let config = Config {
+async fn start_cloud(
+    api: &ApiServer,
+    advertise: &[&str],
+    change: impl FnOnce(&mut Config),
+) -> CloudCore {
+    let mut config = config(advertise);
+    change(&mut config);
+    let client = api.client("cloudcore", &["skerry:cloudcore"]);
+    CloudCore::start(client, config).await.expect("cloudcore starts")
+}
+
+fn config(advertise: &[&str]) -> Config {
+    Config {
         hub: ANY.into(),
+        quic: Some(ANY.into()),
+        monitor: Some(ANY.into()),
+        admission: skerry_cloudcore::ADMISSION_RATE,
         enrol: ANY.into(),
         tunnel: ANY.into(),
         advertise: advertise.iter().map(|name| (*name).into()).collect(),
         dir: None,
-    };
-    let client = api.client("cloudcore", &["skerry:cloudcore"]);
-    CloudCore::start(client, config).await.expect("cloudcore starts")
+        node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
+        shared_token: false,
+        impersonate: false,
+    }
 }
 
 pub fn from<T: DeserializeOwned>(value: Value) -> T {
@@ -198,7 +283,11 @@ impl Identity {
         fetch(cluster.cloud.enrol_addr(), Some(trust), request).await
     }
 
-    fn client(&self, ca: CertificateDer<'static>) -> TlsConnector {
+    pub fn client(&self, ca: CertificateDer<'static>) -> TlsConnector {
+        TlsConnector::from(Arc::new(self.client_config(ca)))
+    }
+
+    pub fn client_config(&self, ca: CertificateDer<'static>) -> rustls::ClientConfig {
         let mut roots = RootCertStore::empty();
         roots.add(ca).expect("a CA");
         let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -206,15 +295,14 @@ impl Identity {
             .with_safe_default_protocol_versions()
             .expect("versions")
             .with_root_certificates(roots);
-        let config = match &self.certificate {
+        match &self.certificate {
             None => config.with_no_client_auth(),
             Some(certificate) => {
                 let key = PrivatePkcs8KeyDer::from(self.key.serialize_der());
                 let key = PrivateKeyDer::from(key);
                 config.with_client_auth_cert(vec![certificate.clone()], key).expect("a key pair")
             }
-        };
-        TlsConnector::from(Arc::new(config))
+        }
     }
 
     pub async fn tls(
@@ -241,14 +329,14 @@ impl Identity {
         for (name, value) in [("Node_id", node_id), ("Project_id", "p"), ("Connectionuse", "msg")] {
             headers.append(name, value.parse().expect("a value"));
         }
-        if capabilities.digest {
+        if capabilities != Capabilities::default() {
             headers.append(capability::HEADER, capabilities.to_string().parse().expect("a value"));
         }
         let (socket, response) = tokio_tungstenite::client_async(request, stream).await?;
         let theirs =
             response.headers().get(capability::HEADER).and_then(|value| value.to_str().ok());
-        assert_eq!(Capabilities::parse(theirs), capabilities);
-        let mut link = Link { node: node_id.into(), socket };
+        assert_eq!(capabilities.and(Capabilities::parse(theirs)), capabilities);
+        let mut link = Link { node: node_id.into(), socket, arrived: VecDeque::new() };
         link.send(Operation::Keepalive, "node", &"ping").await;
         Ok(link)
     }
@@ -338,6 +426,8 @@ impl rustls::client::danger::ServerCertVerifier for Anyone {
 pub struct Link {
     pub node: String,
     pub socket: WebSocketStream<TlsStream<TcpStream>>,
+    /// The rest of a batch.
+    pub arrived: VecDeque<Message>,
 }
 
 impl Link {
@@ -353,7 +443,7 @@ impl Link {
         id
     }
 
-    async fn write(&mut self, message: &Message) {
+    pub async fn write(&mut self, message: &Message) {
         self.socket.send(WsMessage::text(message.encode())).await.expect("the link is up");
     }
 
@@ -370,9 +460,17 @@ impl Link {
     pub async fn next_unacknowledged(&mut self) -> Message {
         let message = tokio::time::timeout(PATIENCE, async {
             loop {
+                if let Some(message) = self.arrived.pop_front() {
+                    return message;
+                }
                 match self.socket.next().await.expect("open").expect("readable") {
                     WsMessage::Text(text) => {
                         return Message::decode(text.as_bytes()).expect("a message");
+                    }
+                    WsMessage::Binary(bytes) => {
+                        let several = batch::decode(&bytes, MESSAGE_LEN_MAX).expect("a batch");
+                        assert!(several.len() > 1, "one message comes as text");
+                        self.arrived.extend(several);
                     }
                     WsMessage::Close(frame) => panic!("closed: {frame:?}"),
                     _ => {}

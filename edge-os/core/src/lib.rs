@@ -3,12 +3,14 @@
 //! The shell around it is `edge-os/src`, which owns one loop that feeds these machines and carries out what they ask
 //! for. Tests feed them from seeded simulations and from a recorded session between KubeEdge's own peers.
 
+pub mod applications;
 pub mod backoff;
 pub mod event;
 pub mod lease;
 pub mod logs;
 pub mod meta;
 pub mod node;
+pub mod outbox;
 pub mod pods;
 pub mod status;
 pub mod uplink;

@@ -7,14 +7,19 @@
 //! Guarantees, per object: in order, once, and never back after a delete. The rows themselves live in the store;
 //! only identities are kept here.
 //!
+//! Every kind of object is stored: those that this agent acts on, those that parts still to come will, and whatever the
+//! node's own API watches. Who sent it matters only for foreign pods and nodes, which are stored when they were watched
+//! and refused otherwise; all else is decided by type, because a hub replays some kinds under another sender.
+//!
 //! Differs from KubeEdge: a push of an object that this agent cannot use is acknowledged all the same, because one
 //! unanswered message delays everything behind it by 25 s; an object older than the held one is not applied.
 //!
-//! Source: kubeedge/kubeedge, edge/pkg/metamanager/process.go, edge/pkg/edged/edged.go.
+//! Source: kubeedge/kubeedge, edge/pkg/metamanager/process.go, edge/pkg/edged/edged.go,
+//! edge/pkg/edgehub/messagehandler; which messages want an acknowledgement: cloud/pkg/cloudhub/dispatcher.
 
 use crate::Now;
 use k8s_openapi::api::core::v1::Pod;
-use serde_json::Value;
+use serde_json::{Value, json};
 use skerry_protocol::digest::{Digest, Held};
 use skerry_protocol::resource::CLUSTER_SCOPE;
 use skerry_protocol::{Message, Operation, ResourcePath};
@@ -26,12 +31,42 @@ pub const OBJECTS_MAX: usize = 10_000;
 /// Deletes remembered, oldest forgotten first; more than a node sees while a stale message can still be on its way.
 pub const TOMBSTONES_MAX: usize = 512;
 
-/// Kinds that are stored. Those after `node` are kept for parts of the agent that are still to come, so that a hub
-/// which counts them as delivered is right.
-const STORED_KINDS: [&str; 7] =
-    ["pod", "configmap", "secret", "node", "device", "devicemodel", "serviceaccountaccess"];
-/// Kinds of the digest exchange.
-const DIGEST_KINDS: [&str; 4] = ["pod", "configmap", "secret", "node"];
+/// Objects of one kind held at most, so that a watch of a large cluster leaves room for what the node needs.
+pub const KIND_OBJECTS_MAX: usize = 5_000;
+
+/// Types that are no objects but requests and reports about some, and events, which nobody reads on a node.
+const UNSTORED_KINDS: [&str; 10] = [
+    "certificatesigningrequest",
+    "event",
+    "nodepatch",
+    "nodestatus",
+    "podlist",
+    "podpatch",
+    "podstatus",
+    "rulestatus",
+    "serviceaccounttoken",
+    "volume",
+];
+/// Type token, `apiVersion` and `kind` of the objects that a cloud gives without saying what they are.
+const UNNAMED_TYPES: [(&str, &str, &str); 7] = [
+    ("pod", "v1", "Pod"),
+    ("node", "v1", "Node"),
+    ("configmap", "v1", "ConfigMap"),
+    ("secret", "v1", "Secret"),
+    ("persistentvolume", "v1", "PersistentVolume"),
+    ("persistentvolumeclaim", "v1", "PersistentVolumeClaim"),
+    ("volumeattachment", "storage.k8s.io/v1", "VolumeAttachment"),
+];
+/// Who pushes what the node's own API watches.
+const WATCH_SOURCE: &str = "dynamiccontroller";
+/// Volume requests of the cloud's CSI driver.
+const VOLUME_OPERATIONS: [&str; 4] =
+    ["createvolume", "deletevolume", "controllerpublishvolume", "controllerunpublishvolume"];
+/// First part of the resource of a node job.
+const JOB_API: &str = "operations.kubeedge.io/";
+/// What whoever asks for such a thing is told.
+const NO_VOLUMES: &str = "CSI volume operations are not supported by this edge agent";
+const NO_JOBS: &str = "node jobs are not supported by this edge agent";
 
 /// One stored object.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,9 +120,9 @@ pub enum Effect {
         /// `metadata.uid`; another pod of the same name is not meant.
         uid: String,
     },
-    /// A ConfigMap or Secret that pods may use has another content, or is gone.
+    /// An object that is neither pod nor node has another content, or is gone.
     ObjectChanged {
-        /// `configmap` or `secret`.
+        /// Type token: `configmap`, `secret`, `device`, anything that is watched.
         kind: String,
         /// `metadata.namespace`.
         namespace: String,
@@ -98,7 +133,9 @@ pub enum Effect {
     OwnNode(Box<Value>),
     /// The cluster has no Node for us any more.
     OwnNodeGone,
-    /// Acknowledged, but of no use.
+    /// A message for the device twin, the buses or the node's own API, as it came; it wants no acknowledgement.
+    HandOn(Box<Message>),
+    /// Of no use.
     Ignored {
         /// `route.resource`.
         resource: String,
@@ -120,6 +157,10 @@ pub struct Step {
 #[derive(Debug, Clone)]
 struct Entry {
     held: Held,
+    /// Whether it is this node's business: not a pod or Node of another node that is only watched.
+    own: bool,
+    /// The hub was told of this very version in the digest that it answers now.
+    told: bool,
     /// Of what a user or controller writes: metadata and spec, or data. Not of status and version.
     desired: u64,
 }
@@ -129,6 +170,8 @@ struct Entry {
 pub struct Meta {
     node: String,
     entries: BTreeMap<String, Entry>,
+    /// Number of entries by kind.
+    counts: BTreeMap<String, usize>,
     tombstones: VecDeque<Tombstone>,
     resyncing: bool,
 }
@@ -143,6 +186,7 @@ impl Meta {
         let mut meta = Self {
             node: node.into(),
             entries: BTreeMap::new(),
+            counts: BTreeMap::new(),
             tombstones: tombstones.into_iter().collect(),
             resyncing: false,
         };
@@ -156,10 +200,11 @@ impl Meta {
                 effects.push(ignored(&row.path, "stored content is not JSON"));
                 continue;
             };
-            let entry =
-                Entry { held: Held { uid: row.uid, rv: row.rv }, desired: desired_digest(&value) };
+            let own = is_own(node, &path, &value);
+            let held = Held { uid: row.uid, rv: row.rv };
+            let entry = Entry { held, own, told: false, desired: desired_digest(&value) };
             match path.kind() {
-                "pod" => match serde_json::from_value(value) {
+                "pod" if own => match serde_json::from_value(value) {
                     Ok(pod) => effects.push(Effect::PodUpsert(Box::new(pod))),
                     // Not held then, so that the hub gives it again.
                     Err(error) => {
@@ -167,12 +212,10 @@ impl Meta {
                         continue;
                     }
                 },
-                "node" if path.name() == Some(node) => {
-                    effects.push(Effect::OwnNode(Box::new(value)));
-                }
+                "node" if own => effects.push(Effect::OwnNode(Box::new(value))),
                 _ => {}
             }
-            meta.entries.insert(row.path, entry);
+            meta.insert(row.path, entry);
         }
         (meta, effects)
     }
@@ -198,17 +241,30 @@ impl Meta {
         self.entries.get(path).map(|entry| &entry.held)
     }
 
-    /// What to tell the hub after the link is up. Until [`Self::digest_answered`] the hub is believed also when it
+    fn insert(&mut self, path: String, entry: Entry) {
+        let kind = kind_of(&path).to_owned();
+        if self.entries.insert(path, entry).is_none() {
+            *self.counts.entry(kind).or_default() += 1;
+        }
+    }
+
+    fn remove(&mut self, path: &str) {
+        if self.entries.remove(path).is_some()
+            && let Some(count) = self.counts.get_mut(kind_of(path))
+        {
+            *count -= 1;
+        }
+    }
+
+    /// What to tell the hub after the link is up: every kind, since only the hub knows which it keeps. Until [`Self::digest_answered`] the hub is believed also when it
     /// sends an older version: the cluster may have been restored from a backup.
     pub fn start_digest(&mut self) -> Digest {
         self.resyncing = true;
-        let of_digest = |path: &str| {
-            path.parse::<ResourcePath>().is_ok_and(|path| DIGEST_KINDS.contains(&path.kind()))
-        };
+        self.entries.values_mut().for_each(|entry| entry.told = true);
         let objects = self
             .entries
             .iter()
-            .filter(|(path, _)| of_digest(path))
+            .filter(|(_, entry)| entry.own)
             .map(|(path, entry)| (path.clone(), entry.held.clone()))
             .collect();
         Digest { objects }
@@ -219,14 +275,67 @@ impl Meta {
         self.resyncing = false;
     }
 
-    /// Decides about a message without parent in group `resource`.
+    /// Decides about a message without parent, of any group.
     pub fn handle_push(&self, now: Now, message: &Message) -> Step {
-        let mut step = self.decide_push(message).unwrap_or_else(|reason| Step {
-            effects: vec![ignored(&message.route.resource, &reason)],
-            ..Step::default()
-        });
+        let route = &message.route;
+        let only = |effect| Step { effects: vec![effect], ..Step::default() };
+        match route.group.as_str() {
+            "resource" | "func" => {}
+            "twin" | "user" => return only(Effect::HandOn(Box::new(message.clone()))),
+            "taskmanager" | "nodeupgradejobcontroller" => return self.refuse_job(now, message),
+            group => {
+                return only(ignored(&route.resource, &format!("group `{group}` is not known")));
+            }
+        }
+        match route.operation.as_str() {
+            "insert" | "update" | "delete" => {}
+            operation if VOLUME_OPERATIONS.contains(&operation) => {
+                let answer = message.error(now.unix_ms(), "metamanager", "resource", NO_VOLUMES);
+                let effects = vec![ignored(&route.resource, NO_VOLUMES)];
+                return Step { ack: Some(answer), effects, ..Step::default() };
+            }
+            "applicationResponse" => return only(Effect::HandOn(Box::new(message.clone()))),
+            operation => {
+                let reason = format!("operation `{operation}` is not known here");
+                return only(ignored(&route.resource, &reason));
+            }
+        }
+        if route.resource.split('/').any(|segment| segment == "membership") {
+            return only(Effect::HandOn(Box::new(message.clone())));
+        }
+        let mut step = self
+            .decide_push(message)
+            .unwrap_or_else(|reason| only(ignored(&route.resource, &reason)));
         step.ack = Some(message.ack(now.unix_ms()));
         step
+    }
+
+    /// Tells the cloud that the job has failed on this node; in silence it would wait for the job's whole time.
+    fn refuse_job(&self, now: Now, message: &Message) -> Step {
+        let route = &message.route;
+        let effects = vec![ignored(&route.resource, NO_JOBS)];
+        let report = |resource: String, operation: &str, content: Value| {
+            let mut report = message.response(now.unix_ms(), &content);
+            report.header.parent_msg_id = String::new();
+            report.route.source = "websocket".into();
+            report.route.group = "hub".into();
+            report.route.operation = operation.into();
+            report.route.resource = resource;
+            report
+        };
+        let action = &route.operation;
+        let answer = if route.resource.starts_with(JOB_API) {
+            let content = json!({"action": action, "succ": false, "reason": NO_JOBS, "extend": "",
+                "finishTime": now.wall.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()});
+            report(route.resource.clone(), "UpdateNodeActionStatus", content)
+        } else if let [kind, job, "node", node] = *route.resource.split('/').collect::<Vec<_>>() {
+            let content = json!({"NodeName": node, "State": "", "Event": "Check", "Action": "Failure",
+                "Reason": NO_JOBS, "Time": "", "ExternalMessage": ""});
+            report(format!("task/{job}/node/{node}"), kind, content)
+        } else {
+            return Step { effects, ..Step::default() };
+        };
+        Step { ack: Some(answer), effects, ..Step::default() }
     }
 
     /// Decides about an object that the hub gave as an answer; `path` is where it belongs.
@@ -234,7 +343,7 @@ impl Meta {
         let step = match path.kind() {
             // A status patch returns the pod: the row is brought up to date, but an answer never creates or replaces.
             "pod" if self.uid_at(path) != uid_of(&object) => Ok(Step::default()),
-            _ => self.decide_put(path, object),
+            _ => self.decide_put(path, object, false),
         };
         step.unwrap_or_else(|reason| Step {
             effects: vec![ignored(&path.to_string(), &reason)],
@@ -252,12 +361,8 @@ impl Meta {
             }
         }
         match step.entry {
-            Some((path, Some(entry))) => {
-                self.entries.insert(path, entry);
-            }
-            Some((path, None)) => {
-                self.entries.remove(&path);
-            }
+            Some((path, Some(entry))) => self.insert(path, entry),
+            Some((path, None)) => self.remove(&path),
             None => {}
         }
         (step.ack, step.effects)
@@ -272,7 +377,7 @@ impl Meta {
         match message.operation() {
             Some(Operation::Insert | Operation::Update) => {
                 let object = message.content_as().map_err(|error| error.to_string())?;
-                self.decide_put(&path, object)
+                self.decide_put(&path, object, message.route.source == WATCH_SOURCE)
             }
             Some(Operation::Delete) => {
                 Ok(self.decide_delete(&path, &message.content_as().unwrap_or(Value::Null)))
@@ -281,10 +386,15 @@ impl Meta {
         }
     }
 
-    fn decide_put(&self, path: &ResourcePath, mut object: Value) -> Result<Step, String> {
+    fn decide_put(
+        &self,
+        path: &ResourcePath,
+        mut object: Value,
+        watched: bool,
+    ) -> Result<Step, String> {
         let key = path.to_string();
         let kind = path.kind();
-        if !STORED_KINDS.contains(&kind) {
+        if UNSTORED_KINDS.contains(&kind) {
             return Err(format!("objects of type `{kind}` have no use here"));
         }
         if !object.get("metadata").is_some_and(Value::is_object) {
@@ -295,24 +405,30 @@ impl Meta {
         if text(&object, "/metadata/name") != path.name().unwrap_or_default() {
             return Err("name in the content is another than in the resource path".into());
         }
+        let own = is_own(&self.node, path, &object);
         match kind {
-            "pod" if text(&object, "/spec/nodeName") != self.node => {
+            _ if watched => {}
+            "pod" if !own => {
                 return Err(format!(
                     "pod is for node `{}`, this is `{}`",
                     text(&object, "/spec/nodeName"),
                     self.node
                 ));
             }
-            "pod" if uid.is_empty() => return Err("pod has no uid".into()),
-            "node" if path.name() != Some(&self.node) => {
-                return Err(format!("this is node `{}`", self.node));
-            }
+            "node" if !own => return Err(format!("this is node `{}`", self.node)),
             _ => {}
+        }
+        if kind == "pod" && uid.is_empty() {
+            return Err("pod has no uid".into());
         }
 
         let known = self.entries.get(&key);
         if known.is_none() && self.entries.len() >= OBJECTS_MAX {
             return Err(format!("{OBJECTS_MAX} objects are held already"));
+        }
+        if known.is_none() && self.counts.get(kind).is_some_and(|count| *count >= KIND_OBJECTS_MAX)
+        {
+            return Err(format!("{KIND_OBJECTS_MAX} objects of type `{kind}` are held already"));
         }
         if let (Some(tombstone), Ok(version)) =
             (self.tombstones.iter().find(|tombstone| tombstone.uid == uid), rv.parse::<u64>())
@@ -324,7 +440,8 @@ impl Meta {
             if known.held.rv == rv {
                 return Ok(Step::default()); // a repeated message
             }
-            if !self.resyncing && is_older(&rv, &known.held.rv) {
+            // What came since the digest is newer than what the hub makes of it.
+            if !(self.resyncing && known.told) && is_older(&rv, &known.held.rv) {
                 return Err(format!("version {rv} is older than {} held here", known.held.rv));
             }
         }
@@ -332,12 +449,13 @@ impl Meta {
         if let Some(metadata) = object.pointer_mut("/metadata").and_then(Value::as_object_mut) {
             metadata.remove("managedFields");
         }
+        name_type(kind, &mut object);
         let mut effects = Vec::new();
         let desired = desired_digest(&object);
         let changed = known.is_none_or(|known| known.held.uid != uid || known.desired != desired);
         match kind {
-            "pod" => {
-                if let Some(old) = known.filter(|known| known.held.uid != uid) {
+            "pod" if own => {
+                if let Some(old) = known.filter(|known| known.own && known.held.uid != uid) {
                     effects.push(pod_remove(path, old.held.uid.clone()));
                 }
                 let pod: Pod =
@@ -346,24 +464,26 @@ impl Meta {
                     effects.push(Effect::PodUpsert(Box::new(pod)));
                 }
             }
-            "configmap" | "secret" if changed => effects.push(object_changed(path)),
-            "node" => {
+            "node" if own => {
                 effects.push(Effect::OwnNode(Box::new(object.clone())));
                 if let Some(fields) = object.as_object_mut() {
                     fields.remove("status");
                 }
             }
+            "pod" | "node" => {}
+            _ if changed => effects.push(object_changed(path)),
             _ => {}
         }
         let held = Held { uid: uid.clone(), rv: rv.clone() };
         // Each status report comes back as a Node with another version; a flash chip need not hear of that.
-        let echo = kind == "node" && !changed;
+        let echo = kind == "node" && own && !changed;
         let write = (!echo).then(|| {
             let row =
                 Row { path: key.clone(), kind: kind.into(), uid, rv, json: object.to_string() };
             Write::Put(row)
         });
-        Ok(Step { write, ack: None, entry: Some((key, Some(Entry { held, desired }))), effects })
+        let entry = Entry { held, own, told: false, desired };
+        Ok(Step { write, ack: None, entry: Some((key, Some(entry))), effects })
     }
 
     fn decide_delete(&self, path: &ResourcePath, object: &Value) -> Step {
@@ -382,7 +502,7 @@ impl Meta {
             // that was deleted with its last state never comes back; one that was only named may have been a mistake
             // of a hub that had not read everything yet.
             let version_min = match (path.kind(), version) {
-                ("pod", Some(version)) => version.max(held.unwrap_or(0)) + 1,
+                ("pod", Some(version)) => version.max(held.unwrap_or(0)).saturating_add(1),
                 _ => version.or(held).unwrap_or(0),
             };
             Tombstone { uid: uid.to_owned(), version_min }
@@ -398,10 +518,10 @@ impl Meta {
             return Step { write, ..Step::default() };
         };
         let effects = match path.kind() {
+            "pod" | "node" if !hit.own => Vec::new(),
             "pod" => vec![pod_remove(path, hit.held.uid.clone())],
-            "configmap" | "secret" => vec![object_changed(path)],
             "node" => vec![Effect::OwnNodeGone],
-            _ => Vec::new(),
+            _ => vec![object_changed(path)],
         };
         let write = Some(Write::Remove { path: key.clone(), tombstone });
         Step { write, ack: None, entry: Some((key, None)), effects }
@@ -409,6 +529,33 @@ impl Meta {
 
     fn uid_at(&self, path: &ResourcePath) -> Option<&str> {
         self.entries.get(&path.to_string()).map(|entry| entry.held.uid.as_str())
+    }
+}
+
+/// Fills in `kind` and `apiVersion` where they are missing: KubeEdge's answers to reports leave them out.
+fn name_type(kind: &str, object: &mut Value) {
+    let known = UNNAMED_TYPES.iter().find(|(token, ..)| *token == kind);
+    if let (Some((_, api_version, name)), Some(fields)) = (known, object.as_object_mut()) {
+        for (key, text) in [("kind", name), ("apiVersion", api_version)] {
+            let field = fields.entry(key).or_insert(Value::Null);
+            if field.as_str().is_none_or(str::is_empty) {
+                *field = Value::from(*text);
+            }
+        }
+    }
+}
+
+/// Type token of a stored path.
+fn kind_of(path: &str) -> &str {
+    path.split('/').nth(1).unwrap_or_default()
+}
+
+/// Whether the object is `node`'s business: everything but the pods and Nodes of others.
+fn is_own(node: &str, path: &ResourcePath, object: &Value) -> bool {
+    match path.kind() {
+        "pod" => text(object, "/spec/nodeName") == node,
+        "node" => path.name() == Some(node),
+        _ => true,
     }
 }
 
@@ -511,6 +658,7 @@ mod tests {
             Effect::ObjectChanged { kind, name, .. } => format!("changed {kind} {name}"),
             Effect::OwnNode(_) => "node".into(),
             Effect::OwnNodeGone => "node gone".into(),
+            Effect::HandOn(message) => format!("hand on {}", message.route.resource),
             Effect::Ignored { .. } => "ignored".into(),
         }
     }
@@ -550,6 +698,28 @@ mod tests {
         let restored =
             apply(&mut meta, Operation::Update, "default/configmap/web", &configmap(4, "old"));
         assert_eq!(restored, ["changed configmap web"]);
+    }
+
+    #[test]
+    fn an_older_version_is_not_believed_when_a_newer_one_came_after_the_digest() {
+        let mut meta = empty();
+        apply(&mut meta, Operation::Insert, "default/pod/web", &pod("web", "a", 5));
+        meta.start_digest();
+        let path = "default/pod/web".parse().expect("path");
+        let answer = meta.handle_answer(&path, pod("web", "a", 8));
+        meta.commit(answer);
+        let late = apply(&mut meta, Operation::Update, "default/pod/web", &pod("web", "a", 6));
+        assert_eq!(late, ["ignored"]);
+        assert_eq!(meta.held("default/pod/web").map(|held| held.rv.as_str()), Some("8"));
+    }
+
+    #[test]
+    fn a_delete_in_the_highest_version_is_a_delete() {
+        let mut meta = empty();
+        apply(&mut meta, Operation::Insert, "default/pod/web", &pod("web", "a", 5));
+        apply(&mut meta, Operation::Delete, "default/pod/web", &pod("web", "a", u64::MAX));
+        let late = apply(&mut meta, Operation::Update, "default/pod/web", &pod("web", "a", 6));
+        assert_eq!(late, ["ignored"]);
     }
 
     #[test]
@@ -648,7 +818,8 @@ mod tests {
             ("default/pod/other", pod("web", "a", 5)),
             ("default/pod/web", json!("OK")),
             ("default/pod/web", Value::Null),
-            ("default/rollout/web", json!({"metadata": {"name": "web"}})),
+            ("default/podpatch/web", json!({"metadata": {"name": "web"}})),
+            ("default/event/web", json!({"metadata": {"name": "web"}})),
             ("null/node/edge2", json!({"metadata": {"name": "edge2"}})),
             ("default/pod", Value::Null),
             ("", Value::Null),
@@ -662,12 +833,168 @@ mod tests {
         assert!(meta.is_empty());
     }
 
+    /// Applies a message of any sender, group and operation; returns its answer and the effects in short words.
+    fn send(
+        meta: &mut Meta,
+        from: (&str, &str),
+        operation: &str,
+        resource: &str,
+        content: &Value,
+    ) -> (Option<Message>, Vec<String>) {
+        let mut message = Message::new(0, from.0, from.1, Operation::Insert, resource, content);
+        message.route.operation = operation.into();
+        let step = meta.handle_push(now(), &message);
+        let (answer, effects) = meta.commit(step);
+        (answer, effects.iter().map(short).collect())
+    }
+
+    #[test]
+    fn every_kind_of_object_is_stored_acknowledged_and_told_to_the_hub() {
+        let mut meta = empty();
+        for (source, resource) in [
+            ("devicecontroller", "default/device/lamp"),
+            ("edgecontroller", "default/devicemodel/lamps"),
+            ("policycontroller", "default/serviceaccountaccess/reader"),
+            ("edgecontroller", "null/persistentvolume/disk"),
+            ("edgecontroller", "default/persistentvolumeclaim/disk"),
+            ("edgecontroller", "default/volumeattachment/disk"),
+            ("edgecontroller", "default/rule/up"),
+            ("edgecontroller", "default/ruleendpoint/up"),
+            ("dynamiccontroller", "default/service/web"),
+            ("dynamiccontroller", "default/endpointslice/web-x"),
+            ("dynamiccontroller", "null/namespace/default"),
+        ] {
+            let path: ResourcePath = resource.parse().expect("a path");
+            let (kind, name) = (path.kind(), path.name().expect("an object"));
+            let object =
+                json!({"metadata": {"name": name, "uid": resource, "resourceVersion": "x5"}});
+            let (ack, effects) = send(&mut meta, (source, "resource"), "update", resource, &object);
+            assert_eq!(ack.expect("an answer").content.get(), "\"OK\"", "{resource}");
+            assert_eq!(effects, [format!("changed {kind} {name}")]);
+        }
+        assert_eq!(meta.start_digest().objects.len(), meta.len());
+        assert_eq!(meta.held("default/rule/up").map(|held| held.rv.as_str()), Some("x5"));
+        let stub = json!({"metadata": {"name": "web", "namespace": "default", "uid": "u"}});
+        let (ack, effects) =
+            send(&mut meta, ("edgecontroller", "resource"), "delete", "default/service/web", &stub);
+        assert!(ack.is_some());
+        assert_eq!(effects, ["changed service web"]);
+        assert!(meta.held("default/service/web").is_none());
+    }
+
+    #[test]
+    fn pods_and_nodes_of_others_are_stored_when_watched_and_never_run_or_told() {
+        let mut foreign = pod("web", "a", 5);
+        foreign["spec"]["nodeName"] = json!("edge2");
+        let node = json!({"metadata": {"name": "edge2", "uid": "n", "resourceVersion": "1"}});
+        let mut meta = empty();
+        let watch = ("dynamiccontroller", "resource");
+        for (resource, object) in [("default/pod/web", &foreign), ("null/node/edge2", &node)] {
+            let (ack, effects) = send(&mut meta, watch, "insert", resource, object);
+            assert!(ack.is_some() && effects.is_empty(), "{resource}: {effects:?}");
+        }
+        assert_eq!((meta.len(), meta.start_digest().objects.len()), (2, 0));
+        let row = Row {
+            path: "default/pod/web".into(),
+            kind: "pod".into(),
+            uid: "a".into(),
+            rv: "5".into(),
+            json: foreign.to_string(),
+        };
+        let (mut meta, effects) = Meta::restore("edge1", [row], []);
+        assert_eq!((meta.len(), effects.len()), (1, 0));
+        assert_eq!(send(&mut meta, watch, "delete", "default/pod/web", &foreign).1.len(), 0);
+        assert!(meta.is_empty());
+    }
+
+    #[test]
+    fn messages_for_twin_and_buses_are_handed_on_and_not_acknowledged() {
+        let mut meta = empty();
+        for (from, operation, resource) in [
+            (("devicecontroller", "twin"), "update", "membership"),
+            (("devicecontroller", "twin"), "response", "twin"),
+            (("edgecontroller", "resource"), "update", "membership"),
+            (("router_eventbus", "user"), "publish", "node/topic"),
+        ] {
+            let (answer, effects) = send(&mut meta, from, operation, resource, &json!({"a": 1}));
+            assert!(answer.is_none(), "{from:?}");
+            assert_eq!(effects, [format!("hand on {resource}")]);
+        }
+        let (answer, effects) = send(&mut meta, ("x", "y"), "update", "a/b/c", &Value::Null);
+        assert!(answer.is_none());
+        assert_eq!(effects, ["ignored"]);
+    }
+
+    #[test]
+    fn what_is_not_supported_is_answered_and_says_so() {
+        let mut meta = empty();
+        let csi = ("cloudhub", "resource");
+        let (answer, _) = send(&mut meta, csi, "createvolume", "default/volume/v1", &json!("{}"));
+        let answer = answer.expect("an answer");
+        assert_eq!(answer.route.operation, "error");
+        assert_eq!(answer.route.resource, "default/volume/v1");
+        assert!(!answer.header.parent_msg_id.is_empty());
+        assert!(answer.content.get().contains("not supported"));
+
+        let tasks = ("taskmanager", "taskmanager");
+        let job = "operations.kubeedge.io/v1alpha2/imageprepulljob/images/node/edge1";
+        let (answer, _) = send(&mut meta, tasks, "Check", job, &json!({}));
+        let answer = answer.expect("an answer");
+        assert_eq!(answer.route.operation, "UpdateNodeActionStatus");
+        assert_eq!((answer.route.resource.as_str(), answer.route.group.as_str()), (job, "hub"));
+        let status: Value = answer.content_as().expect("an object");
+        assert_eq!((&status["action"], &status["succ"]), (&json!("Check"), &json!(false)));
+        assert_eq!(status["finishTime"], "1970-01-01T00:00:00Z");
+
+        let (answer, _) = send(&mut meta, tasks, "upgrade", "upgrade/job1/node/edge1", &json!({}));
+        let answer = answer.expect("an answer");
+        assert_eq!(answer.route.resource, "task/job1/node/edge1");
+        assert_eq!(answer.route.operation, "upgrade");
+        let status: Value = answer.content_as().expect("an object");
+        assert_eq!(status["Action"], "Failure");
+    }
+
+    #[test]
+    fn one_kind_cannot_take_the_room_of_the_others() {
+        let mut meta = empty();
+        let watch = ("dynamiccontroller", "resource");
+        let service =
+            |n: usize| json!({"metadata": {"name": format!("s{n}"), "uid": format!("{n}")}});
+        for n in 0..KIND_OBJECTS_MAX {
+            send(&mut meta, watch, "insert", &format!("default/service/s{n}"), &service(n));
+        }
+        let (ack, effects) =
+            send(&mut meta, watch, "insert", "default/service/s9999", &service(9999));
+        assert!(ack.is_some());
+        assert_eq!(effects, ["ignored"]);
+        let pod = pod("web", "a", 5);
+        assert_eq!(apply(&mut meta, Operation::Insert, "default/pod/web", &pod), ["run a"]);
+        send(&mut meta, watch, "delete", "default/service/s0", &service(0));
+        let (_, effects) =
+            send(&mut meta, watch, "insert", "default/service/s9999", &service(9999));
+        assert_eq!(effects, ["changed service s9999"]);
+    }
+
     #[test]
     fn a_failed_write_leaves_everything_as_it_was() {
         let meta = empty();
         let message = push(Operation::Insert, "default/pod/web", &pod("web", "a", 5));
         drop(meta.handle_push(now(), &message));
         assert!(meta.is_empty());
+    }
+
+    #[test]
+    fn answer_to_a_status_report_is_stored_with_its_kind() {
+        let mut meta = empty();
+        apply(&mut meta, Operation::Insert, "default/pod/web", &pod("web", "a", 5));
+        let mut answer = pod("web", "a", 6);
+        answer.as_object_mut().expect("an object").retain(|key, _| key != "kind");
+        answer["apiVersion"] = json!("");
+        let path = "default/pod/web".parse().expect("path");
+        let step = meta.handle_answer(&path, answer);
+        let Some(Write::Put(row)) = &step.write else { panic!("nothing to write") };
+        let stored: Value = serde_json::from_str(&row.json).expect("JSON");
+        assert_eq!((&stored["kind"], &stored["apiVersion"]), (&json!("Pod"), &json!("v1")));
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! States: `Unregistered` --insert taken or "already exists"--> `Registered`; "not found" on a status patch leads
 //! back, so that a Node deleted in the cluster comes back by itself (a KubeEdge node does not, until it is restarted).
-//! A status is sent when something besides the heartbeat changed, and every 5 minutes.
+//! A status is sent when something besides the heartbeat changed, when the cluster holds the node for unknown, and
+//! every 5 minutes; every hour to a hub that renews the Lease itself, which is then the sign of life.
 //!
 //! Source: kubeedge/kubeedge, pkg/kubelet kubelet_node_status.go and nodestatus/setters.go; golden session, `node` and
 //! `nodepatch` messages.
@@ -18,6 +19,8 @@ use std::time::{Duration, Instant};
 pub const COMPUTE_INTERVAL: Duration = Duration::from_secs(10);
 /// Time after which an unchanged status is sent again.
 pub const REPORT_INTERVAL: Duration = Duration::from_secs(300);
+/// The same towards a hub that renews the node's Lease.
+pub const REPORT_INTERVAL_OURS: Duration = Duration::from_secs(3600);
 /// `status.capacity.pods`.
 pub const PODS_MAX: u32 = 110;
 /// Port of the loopback kubelet API in `daemonEndpoints`; the cluster reaches it through the tunnel only.
@@ -91,6 +94,7 @@ pub struct NodeReports {
     /// What the cluster took last, without heartbeats.
     reported: Option<Value>,
     reported_at: Option<Instant>,
+    report_interval: Duration,
     /// Labels that the cluster's Node lacks.
     labels_owed: BTreeMap<String, String>,
     flight: Option<Flight>,
@@ -132,6 +136,7 @@ impl NodeReports {
             transitions: BTreeMap::new(),
             reported: None,
             reported_at: None,
+            report_interval: REPORT_INTERVAL,
             labels_owed: BTreeMap::new(),
             flight: None,
             next_try: None,
@@ -180,6 +185,13 @@ impl NodeReports {
             .into_iter()
             .filter(|(key, value)| theirs[key].as_str() != Some(value))
             .collect();
+        let unknown =
+            |condition: &Value| condition["type"] == "Ready" && condition["status"] == "Unknown";
+        let conditions = node["status"]["conditions"].as_array();
+        // The cluster missed us for a while. It believes a status only, however fresh the Lease is.
+        if self.flight.is_none() && conditions.is_some_and(|all| all.iter().any(unknown)) {
+            self.reported = None;
+        }
         if self.reported.is_some() {
             return;
         }
@@ -202,11 +214,15 @@ impl NodeReports {
         self.next_try = None;
     }
 
-    /// The link is new: tell everything again, the cluster may hold us for unknown by now.
-    pub fn handle_connected(&mut self) {
+    /// The link is new. An unchanged status is sent every `interval`; unless the cluster is `known` to have missed
+    /// nothing, it is told everything again, as it may hold us for unknown by now.
+    pub fn handle_connected(&mut self, interval: Duration, known: bool) {
         self.flight = None;
         self.next_try = None;
-        self.reported = None;
+        self.report_interval = interval;
+        if !known {
+            self.reported = None;
+        }
         self.backoff.reset();
     }
 
@@ -294,7 +310,7 @@ impl NodeReports {
         }
         match self.due(now) {
             Some(_) => now.mono,
-            None => self.reported_at.unwrap_or(now.mono) + REPORT_INTERVAL,
+            None => self.reported_at.unwrap_or(now.mono) + self.report_interval,
         }
     }
 
@@ -306,7 +322,7 @@ impl NodeReports {
             return Some((Kind::Insert, (Operation::Insert, "node", self.node(now))));
         }
         let told = self.without_heartbeat();
-        let old = self.reported_at.is_none_or(|at| now.mono >= at + REPORT_INTERVAL);
+        let old = self.reported_at.is_none_or(|at| now.mono >= at + self.report_interval);
         if old || self.reported.as_ref() != Some(&told) {
             let patch = Value::String(self.patch(now, &told).to_string());
             return Some((Kind::Patch(told), (Operation::Patch, "nodepatch", patch)));
@@ -568,6 +584,37 @@ mod tests {
         let patch: Value = serde_json::from_str(patch.as_str().expect("a text")).expect("JSON");
         assert_eq!(patch["status"].get("capacity"), None, "what the cluster knows is not repeated");
         assert_eq!(patch["status"]["conditions"][0]["lastHeartbeatTime"], "2026-11-22T16:28:21Z");
+    }
+
+    #[test]
+    fn hub_that_renews_the_lease_gets_an_unchanged_status_every_hour() {
+        let start = now();
+        let mut node = registered(start);
+        node.handle_connected(REPORT_INTERVAL_OURS, true);
+        assert_eq!(node.poll(start), None, "the cluster has missed nothing");
+        assert_eq!(node.poll_timeout(start), start.mono + REPORT_INTERVAL_OURS);
+        assert_eq!(node.poll(after(start, Duration::from_secs(3599))), None);
+        assert!(node.poll(after(start, REPORT_INTERVAL_OURS)).is_some());
+        let mut node = registered(start);
+        node.handle_connected(REPORT_INTERVAL_OURS, false);
+        assert!(node.poll(start).is_some());
+    }
+
+    #[test]
+    fn node_that_the_cluster_holds_for_unknown_tells_its_status_again() {
+        let now = now();
+        let mut node = registered(now);
+        let seen = |status: &str| {
+            json!({"metadata": {"uid": "n", "labels": labels(&facts())},
+                "status": {"conditions": [{"type": "Ready", "status": status}]}})
+        };
+        node.handle_own_node(&seen("True"));
+        assert_eq!(node.poll(now), None);
+        node.handle_own_node(&seen("Unknown"));
+        assert_eq!(send(&mut node, now).map(|(_, token, _)| token), Some("nodepatch"));
+        node.handle_own_node(&seen("Unknown")); // an older echo; the patch is on its way
+        node.handle_reply(now.mono, Ok(json!({})));
+        assert_eq!(node.poll(now), None);
     }
 
     #[test]

@@ -93,6 +93,16 @@ impl PodReports {
         self.gone = true;
     }
 
+    /// Whether [`Self::finish`] was called.
+    pub fn is_finished(&self) -> bool {
+        self.gone
+    }
+
+    /// The newest status that the server is not known to have.
+    pub fn owed(&self) -> Option<&Value> {
+        self.wanted.as_ref().or_else(|| self.flight.as_ref()?.status.as_ref())
+    }
+
     /// Whether `parent` is the message in flight.
     pub fn is_mine(&self, parent: &str) -> bool {
         self.flight.as_ref().is_some_and(|flight| flight.id == parent)

@@ -1,24 +1,34 @@
 //! Everything that goes up: requests with their replies, the node's sign of life, statuses, events.
 //!
 //! One value per node. `handle_*` says what the link did, verbs say what the agent wants; then the agent drains
-//! [`Uplink::poll_transmit`] and [`Uplink::poll_output`] and sleeps until [`Uplink::poll_timeout`].
+//! [`Uplink::take_changes`], [`Uplink::poll_transmit`] and [`Uplink::poll_output`] and sleeps until
+//! [`Uplink::poll_timeout`].
 //!
-//! Order of sending: acknowledgements and lookups (a container waits for them), lease, node, pods, events. Nothing is
-//! sent twice unless its reply is overdue or the link is new; what must not get lost stays wanted until its reply.
+//! Order of sending: acknowledgements and lookups (a container waits for them), lease, node, pods, then what the
+//! outbox holds. Nothing is sent twice unless its reply is overdue or the link is new; what must not get lost stays
+//! wanted until its reply. What has to outlive this process is in the outbox, see [`crate::outbox`].
+//!
+//! What both ends can do beyond KubeEdge changes this much: with `lease` no lease messages, and an unchanged status
+//! of the node every hour only; with `beat` no keepalive messages; with `receipts` events wait for an answer, and
+//! replies that carry nothing to store are not acknowledged.
 //!
 //! Source: kubeedge/kubeedge, edge/pkg/metamanager/client; golden session.
 
 use crate::Now;
 use crate::backoff::Random;
 use crate::event::{EventReport, Events};
-use crate::lease::Lease;
-use crate::node::{Facts, Health, NodeReports, NodeVerdict};
+use crate::lease::{self, Lease};
+use crate::node::{Facts, Health, NodeReports, NodeVerdict, REPORT_INTERVAL, REPORT_INTERVAL_OURS};
+use crate::outbox::{self, Change, Item, Kind, Outbox};
 use crate::status::{PodKey, PodReports, Report, Verdict};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use serde_json::value::RawValue;
+use skerry_protocol::delivery::ack_required;
 use skerry_protocol::digest::{self, Digest};
-use skerry_protocol::{Message, MessageId, Operation, ResourcePath};
+use skerry_protocol::{Capabilities, Message, MessageId, Operation, ResourcePath};
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Time between two keepalives; the hub closes the connection after 30 s without one.
@@ -31,6 +41,13 @@ pub const LOOKUPS_MAX: usize = 256;
 pub const LOOKUP_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the hub may be silent while it sends the differences of a digest.
 const DIGEST_TIMEOUT: Duration = Duration::from_secs(120);
+/// Rows of the outbox written at once to a hub that does not answer them.
+const UNANSWERED_BURST: u32 = 25;
+/// Time to earn one more; a Go cloud takes 30 messages a second from a Go edge.
+const UNANSWERED_INTERVAL: Duration = Duration::from_millis(50);
+/// Longest cut after which the cluster cannot have missed a node whose Lease the hub renews; less than
+/// [`lease::DURATION_S`].
+const UNNOTICED_CUT: Duration = Duration::from_secs(lease::DURATION_S as u64 - 10);
 
 /// Number of a lookup, for whoever waits.
 pub type Ticket = u64;
@@ -83,12 +100,34 @@ pub struct Uplink {
     reports: NodeReports,
     pods: BTreeMap<String, (PodKey, PodReports)>,
     events: Events,
+    outbox: Outbox,
+    /// What the peer of the present link can do.
+    peer: Capabilities,
+    disconnected_at: Option<Instant>,
+    unanswered: Bucket,
     lookups: BTreeMap<Ticket, Lookup>,
     last_ticket: Ticket,
     digest: Option<(Digest, Option<(MessageId, Instant)>)>,
     keepalive: Instant,
     outputs: VecDeque<Output>,
     random: Random,
+}
+
+/// A bucket of tokens, each for one row to a hub that answers none.
+#[derive(Debug)]
+struct Bucket {
+    tokens: u32,
+    refilled: Instant,
+}
+
+/// What the outbox keeps of a pod that is gone, until its object is.
+#[derive(Debug, Serialize, Deserialize)]
+struct Gone {
+    namespace: String,
+    name: String,
+    uid: String,
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    status: Value,
 }
 
 #[derive(Debug)]
@@ -100,17 +139,47 @@ struct Lookup {
 }
 
 impl Uplink {
-    /// Not connected; `seed` decides all jitter.
+    /// Not connected, nothing owed; `seed` decides all jitter.
     pub fn new(facts: Facts, now: Now, seed: u64) -> Self {
+        Self::restore(facts, now, seed, [], |_| None)
+    }
+
+    /// Not connected; `rows` is what the outbox in the database holds, `read` returns the content of a row.
+    pub fn restore(
+        facts: Facts,
+        now: Now,
+        seed: u64,
+        rows: impl IntoIterator<Item = outbox::Row>,
+        mut read: impl FnMut(u64) -> Option<Arc<str>>,
+    ) -> Self {
         let mut random = Random::new(seed);
         let node = facts.name.clone();
+        let mut pods = BTreeMap::new();
+        let rows = rows.into_iter().inspect(|row| {
+            let gone = (row.kind == Kind::Note).then(|| read(row.seq)).flatten();
+            let gone = gone.and_then(|text| serde_json::from_str::<Gone>(&text).ok());
+            if let Some(gone) = gone {
+                let mut pod = PodReports::new(&gone.uid, None, seed ^ row.seq);
+                if !gone.status.is_null() {
+                    pod.report(gone.status);
+                }
+                pod.finish();
+                let key = PodKey::new(&gone.namespace, &gone.name, &gone.uid);
+                pods.insert(gone.uid, (key, pod));
+            }
+        });
+        let outbox = Outbox::restore(rows, random.next_u64());
         Self {
             connected: false,
             acks: VecDeque::new(),
             lease: Lease::new(&node, now.mono),
             reports: NodeReports::new(facts, random.next_u64()),
-            pods: BTreeMap::new(),
-            events: Events::new(&node, now.mono, random.next_u64()),
+            pods,
+            events: Events::new(&node, random.next_u64()),
+            outbox,
+            peer: Capabilities::default(),
+            disconnected_at: None,
+            unanswered: Bucket { tokens: UNANSWERED_BURST, refilled: now.mono },
             lookups: BTreeMap::new(),
             last_ticket: 0,
             digest: None,
@@ -136,22 +205,45 @@ impl Uplink {
         self.lease.renewed()
     }
 
-    /// A link is up. `digest` is given when the peer takes part in the exchange.
-    pub fn handle_connected(&mut self, now: Now, digest: Option<Digest>) {
+    /// What is owed to the cluster and durable.
+    pub fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    /// Pods that are gone on this node and not yet in the cluster.
+    pub fn gone_pods(&self) -> impl Iterator<Item = &PodKey> {
+        self.pods.values().filter(|(_, pod)| pod.is_finished()).map(|(key, _)| key)
+    }
+
+    /// A link is up, or has moved to another connection: what was on the way is sent again. `peer` is what both ends
+    /// can do, `digest` is given when the peer takes part in the exchange.
+    pub fn handle_connected(&mut self, now: Now, peer: Capabilities, digest: Option<Digest>) {
+        let cut = self.disconnected_at.map(|at| now.mono.saturating_duration_since(at));
+        let unnoticed = self.connected || cut.is_some_and(|cut| cut < UNNOTICED_CUT);
+        let interval = if peer.lease { REPORT_INTERVAL_OURS } else { REPORT_INTERVAL };
+        // Only a hub that renewed the Lease before, too, can have kept the cluster from noticing.
+        let unnoticed = unnoticed && peer.lease && self.peer.lease;
         self.connected = true;
+        self.disconnected_at = None;
+        self.peer = peer;
         self.keepalive = now.mono;
         self.acks.clear();
         self.lease.handle_connected(now.mono);
-        self.reports.handle_connected();
+        self.reports.handle_connected(interval, unnoticed);
         self.pods.values_mut().for_each(|(_, pod)| pod.handle_connected());
+        self.outbox.handle_connected();
+        self.lookups.values_mut().for_each(|lookup| lookup.id = None);
         self.digest = digest.map(|digest| (digest, None));
     }
 
     /// The link is gone; whoever waits is told.
-    pub fn handle_disconnected(&mut self) {
-        self.connected = false;
+    pub fn handle_disconnected(&mut self, now: Now) {
+        if std::mem::take(&mut self.connected) {
+            self.disconnected_at = Some(now.mono);
+        }
         self.acks.clear();
         self.digest = None;
+        self.outbox.handle_connected(); // nothing is on the way any more
         for (ticket, lookup) in std::mem::take(&mut self.lookups) {
             self.answer(ticket, lookup.path, Err("connection to the cloud was lost".into()), None);
         }
@@ -188,26 +280,100 @@ impl Uplink {
         pod.report(status);
     }
 
-    /// Nothing is left of a deleted pod on this node.
+    /// Nothing is left of a deleted pod on this node. From now on its last status is nowhere but in the outbox.
     pub fn finish_pod(&mut self, key: PodKey) {
         let seed = self.random.next_u64();
         let uid = key.uid.clone();
-        let (_, pod) = self
-            .pods
-            .entry(uid.clone())
-            .or_insert_with(|| (key, PodReports::new(&uid, None, seed)));
+        let (key, pod) = self.pods.entry(uid.clone()).or_insert_with(|| {
+            let pod = PodReports::new(&uid, None, seed);
+            (key, pod)
+        });
+        if pod.is_finished() {
+            return;
+        }
         pod.finish();
+        let gone = Gone {
+            namespace: key.namespace.clone(),
+            name: key.name.clone(),
+            uid: uid.clone(),
+            status: pod.owed().cloned().unwrap_or_default(),
+        };
+        let content = serde_json::to_string(&gone).expect("a pod's status has only string keys");
+        self.outbox.put(Item {
+            key: note_key(&uid),
+            kind: Kind::Note,
+            operation: Operation::Delete,
+            resource: format!("{}/pod/{}", key.namespace, key.name),
+            content: content.into(),
+        });
     }
 
     /// The cluster has no such pod any more.
-    pub fn forget_pod(&mut self, uid: &str) {
+    pub fn forget_pod(&mut self, now: Now, uid: &str) {
         self.pods.remove(uid);
+        self.outbox.remove(now.mono, &note_key(uid));
     }
 
-    /// Takes an event.
+    /// Takes an event. It is durable once [`Self::take_changes`] is written.
     pub fn push_event(&mut self, now: Now, report: EventReport) {
         self.events.push(now, report);
-        let dropped = self.events.take_dropped();
+        self.move_events(now.mono);
+    }
+
+    /// Takes something else that the cluster must get: sent in the order of the calls, one at a time per resource,
+    /// until it is answered. A later one with the same key replaces an earlier one that was not sent yet.
+    pub fn push_effect(
+        &mut self,
+        key: String,
+        operation: Operation,
+        resource: String,
+        content: &Value,
+    ) {
+        let content = content.to_string().into();
+        self.outbox.put(Item { key, kind: Kind::Effect, operation, resource, content });
+    }
+
+    /// Returns what the database must have before it may be sent, to be written in one transaction; then
+    /// [`Self::handle_stored`].
+    pub fn take_changes(&mut self, now: Now) -> Vec<Change> {
+        self.move_events(now.mono);
+        self.outbox.take_changes(now.mono)
+    }
+
+    /// Takes whether the changes of [`Self::take_changes`] are on the disk.
+    pub fn handle_stored(&mut self, now: Now, stored: bool) {
+        self.outbox.handle_stored(now.mono, stored);
+    }
+
+    /// A message has left this machine, as far as anybody can tell: with a hub that answers no events, this is all
+    /// that there is.
+    pub fn handle_written(&mut self, now: Now, id: &str) {
+        if !self.peer.receipts {
+            self.settle(now.mono, id, outbox::Verdict::Taken);
+        }
+    }
+
+    /// Whether [`Self::handle_written`] has to be called for this message.
+    pub fn wants_written(&self, id: &str) -> bool {
+        !self.peer.receipts && self.outbox.is_mine(id)
+    }
+
+    fn settle(&mut self, now: Instant, id: &str, verdict: outbox::Verdict) -> bool {
+        let Some(key) = self.outbox.handle_answer(now, id, verdict) else { return false };
+        if verdict != outbox::Verdict::Later {
+            self.events.handle_told(&key);
+        }
+        true
+    }
+
+    fn move_events(&mut self, now: Instant) {
+        let outbox = &mut self.outbox;
+        while let Some(item) =
+            self.events.poll_item(now, self.connected, |key| outbox.is_in_flight(key))
+        {
+            outbox.put(item);
+        }
+        let dropped = outbox.take_dropped();
         if dropped > 0 {
             self.outputs.push_back(Output::EventsDropped(dropped));
         }
@@ -255,14 +421,14 @@ impl Uplink {
                 code
             });
             self.lease.handle_reply(mono, reply);
-            self.acks.push_back(message.ack(now.unix_ms()));
+            self.acknowledge_reply(now, message);
             return true;
         }
         if self.reports.is_mine(parent) {
             let reply = reply_object(message);
             let object = reply.as_ref().ok().filter(|node| node.is_object()).cloned();
             if message.operation() != Some(Operation::Error) {
-                self.acks.push_back(message.ack(now.unix_ms()));
+                self.acknowledge_reply(now, message);
             }
             if let NodeVerdict::Refused(text) = self.reports.handle_reply(mono, reply) {
                 self.refuse(message, text);
@@ -295,12 +461,32 @@ impl Uplink {
                 Err((404, _)) => Ok(None),
                 Err((_, text)) => Err(text),
             };
-            let ack = (message.operation() == Some(Operation::Response))
-                .then(|| message.ack(now.unix_ms()));
+            let answered = message.operation() == Some(Operation::Response);
+            let wanted = !self.peer.receipts || ack_required(message);
+            let ack = (answered && wanted).then(|| message.ack(now.unix_ms()));
             self.answer(ticket, lookup.path, found, ack);
             return true;
         }
+        if self.outbox.is_mine(parent) {
+            let verdict = match reply_object(message) {
+                Ok(_) => outbox::Verdict::Taken,
+                // A hub refuses what is about somebody else's object; nobody can mend that later.
+                Err((code, text)) if is_final(code) || code == 403 => {
+                    self.refuse(message, text);
+                    outbox::Verdict::Refused
+                }
+                Err(_) => outbox::Verdict::Later,
+            };
+            return self.settle(mono, parent, verdict);
+        }
         self.handle_pod_reply(mono, message)
+    }
+
+    /// KubeEdge's edge acknowledges these replies and its cloud does not look; ours need not be told.
+    fn acknowledge_reply(&mut self, now: Now, message: &Message) {
+        if !self.peer.receipts {
+            self.acks.push_back(message.ack(now.unix_ms()));
+        }
     }
 
     fn handle_pod_reply(&mut self, now: Instant, message: &Message) -> bool {
@@ -314,13 +500,13 @@ impl Uplink {
         let reply = reply_object(message);
         let verdict = match &reply {
             Ok(_) => Verdict::Taken,
-            // Gone, another uid, or not to be taken in any form. 408 and 429 ask for patience.
-            Err((code @ 400..=499, _)) if ![401, 403, 408, 429].contains(code) => Verdict::Refused,
+            Err((code, _)) if is_final(*code) => Verdict::Refused,
             Err(_) => Verdict::Later,
         };
         let done = pod.handle_reply(now, parent, verdict);
         if done {
             self.pods.remove(&uid);
+            self.outbox.remove(now, &note_key(&uid));
             self.outputs.push_back(Output::PodFinished(key));
             return true;
         }
@@ -336,12 +522,16 @@ impl Uplink {
         true
     }
 
-    /// Returns the next message to write.
-    pub fn poll_transmit(&mut self, now: Now) -> Option<Message> {
+    /// Returns the next message to write; `read` returns the content of an outbox row from the database.
+    pub fn poll_transmit(
+        &mut self,
+        now: Now,
+        read: impl FnMut(u64) -> Option<Arc<str>>,
+    ) -> Option<Message> {
         if !self.connected {
             return None;
         }
-        if now.mono >= self.keepalive {
+        if self.peer.beat.is_none() && now.mono >= self.keepalive {
             self.keepalive = now.mono + KEEPALIVE_INTERVAL;
             let keepalive = Operation::Keepalive;
             return Some(Message::new(
@@ -369,7 +559,8 @@ impl Uplink {
             return Some(message);
         }
         // A lease without a Node would have no owner and stay behind when the Node goes.
-        if self.reports.is_registered()
+        if !self.peer.lease
+            && self.reports.is_registered()
             && let Some((operation, content)) = self.lease.poll(now, self.reports.uid())
         {
             let resource = format!("kube-node-lease/lease/{}", self.node);
@@ -386,8 +577,31 @@ impl Uplink {
         if let Some(message) = self.poll_pod(now) {
             return Some(message);
         }
-        let (operation, resource, content) = self.events.poll(now.mono)?;
-        Some(request(now, operation, resource, &content))
+        self.poll_outbox(now, read)
+    }
+
+    fn poll_outbox(
+        &mut self,
+        now: Now,
+        mut read: impl FnMut(u64) -> Option<Arc<str>>,
+    ) -> Option<Message> {
+        if !self.peer.receipts && !self.unanswered.has_token(now.mono) {
+            return None;
+        }
+        loop {
+            let due = self.outbox.poll_transmit(now.mono, &mut read)?;
+            let Ok(content) = RawValue::from_string(due.content.as_ref().to_owned()) else {
+                // Damaged in a way that the database does not notice.
+                self.outbox.drop_row(now.mono, due.seq);
+                continue;
+            };
+            let message = request(now, due.operation, due.resource, &*content);
+            self.outbox.sent(due.seq, message.header.msg_id.clone(), now.mono);
+            if !self.peer.receipts {
+                self.unanswered.tokens -= 1;
+            }
+            return Some(message);
+        }
     }
 
     fn poll_pod(&mut self, now: Now) -> Option<Message> {
@@ -441,13 +655,23 @@ impl Uplink {
         if !self.outputs.is_empty() {
             return now.mono;
         }
+        let events = self.events.poll_timeout(self.connected, |key| self.outbox.is_in_flight(key));
+        let outbox = self.outbox.poll_timeout(now.mono, self.connected);
+        let outbox = outbox.map(|at| match self.peer.receipts || !self.connected {
+            true => at,
+            false => at.max(self.unanswered.next(now.mono)),
+        });
+        next = events.into_iter().chain(outbox).fold(next, Instant::min);
         if self.connected {
-            next = next.min(self.keepalive).min(self.reports.poll_timeout(now));
-            if self.reports.is_registered() {
+            next = next.min(self.reports.poll_timeout(now));
+            if self.peer.beat.is_none() {
+                next = next.min(self.keepalive);
+            }
+            if !self.peer.lease && self.reports.is_registered() {
                 next = next.min(self.lease.poll_timeout());
             }
             let pods = self.pods.values().filter_map(|(_, pod)| pod.poll_timeout(now.mono));
-            next = pods.chain(self.events.poll_timeout()).fold(next, Instant::min);
+            next = pods.fold(next, Instant::min);
             if let Some((_, Some((_, deadline)))) = &self.digest {
                 next = next.min(*deadline);
             }
@@ -469,6 +693,33 @@ impl Uplink {
         self.outputs
             .push_back(Output::Refused { resource: message.route.resource.clone(), reason });
     }
+}
+
+impl Bucket {
+    fn has_token(&mut self, now: Instant) -> bool {
+        let waited = now.saturating_duration_since(self.refilled).as_millis();
+        let earned = u32::try_from(waited / UNANSWERED_INTERVAL.as_millis()).unwrap_or(u32::MAX);
+        if earned > 0 {
+            self.tokens = self.tokens.saturating_add(earned).min(UNANSWERED_BURST);
+            self.refilled = now;
+        }
+        self.tokens > 0
+    }
+
+    /// When there is a token.
+    fn next(&self, now: Instant) -> Instant {
+        if self.tokens > 0 { now } else { self.refilled + UNANSWERED_INTERVAL }
+    }
+}
+
+fn note_key(uid: &str) -> String {
+    format!("gone/{uid}")
+}
+
+/// Whether a refusal will be the same the next time: gone, another uid, or not to be taken in any form. 401 and 403
+/// may be mended by a person; 408 and 429 ask for patience.
+fn is_final(code: u16) -> bool {
+    (400..=499).contains(&code) && ![401, 403, 408, 429].contains(&code)
 }
 
 fn request<T: Serialize + ?Sized>(

@@ -8,7 +8,7 @@ use skerry_edge_core::meta::{Effect, Meta};
 use skerry_edge_core::node::{Facts, Health, labels};
 use skerry_edge_core::status::PodKey;
 use skerry_edge_core::uplink::{Output, Uplink};
-use skerry_protocol::{Message, Operation};
+use skerry_protocol::{Capabilities, Message, Operation};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -97,20 +97,25 @@ fn every_push_is_acknowledged_as_edgecore_did() {
             Effect::PodRemove { name, .. } => Some(format!("remove {name}")),
             Effect::ObjectChanged { kind, name, .. } => Some(format!("{kind} {name}")),
             Effect::Ignored { resource, reason } => panic!("{resource}: {reason}"),
-            Effect::OwnNode(_) | Effect::OwnNodeGone => None,
+            Effect::OwnNode(_) | Effect::OwnNodeGone | Effect::HandOn(_) => None,
         })
         .collect();
-    // Created, label changed; configmap changed before and during the cut; second pod; delete, which first sets a
-    // deletion timestamp, then a grace period of 0.
+    // Created, label changed; a device with its model; configmap changed before and during the cut; second pod; delete,
+    // which first sets a deletion timestamp, then a grace period of 0; the device is gone.
     let expected = [
         "run web",
         "configmap web",
         "run web",
+        "devicemodel thermometer",
+        "device fridge-1",
+        "device fridge-1",
         "configmap web",
         "run web2",
         "end web",
         "end web",
         "remove web",
+        "devicemodel thermometer",
+        "device fridge-1",
     ];
     assert_eq!(words, expected);
     let left: Vec<_> = meta.paths("pod").collect();
@@ -122,12 +127,12 @@ fn node_joins_with_the_recorded_answers_of_cloudcore() {
     let start = now();
     let mut uplink = Uplink::new(facts(), start, 1);
     uplink.update_node(start, facts(), Health::default());
-    uplink.handle_connected(start, None);
+    uplink.handle_connected(start, Capabilities::default(), None);
 
     let mut sent = Vec::new();
     let mut now = start;
     while now.mono < start.mono + Duration::from_secs(25) {
-        while let Some(message) = uplink.poll_transmit(now) {
+        while let Some(message) = uplink.poll_transmit(now, |_| None) {
             sent.push(format!("{} {}", message.route.operation, message.route.resource));
             let expects_reply =
                 !matches!(message.operation(), Some(Operation::Keepalive | Operation::Response));
@@ -172,7 +177,7 @@ fn node_joins_with_the_recorded_answers_of_cloudcore() {
 fn objects_are_looked_up_and_statuses_reported_with_the_recorded_answers() {
     let now = now();
     let mut uplink = Uplink::new(facts(), now, 1);
-    uplink.handle_connected(now, None);
+    uplink.handle_connected(now, Capabilities::default(), None);
     let path = "default/configmap/web".parse().expect("a path");
     let ticket = uplink.lookup(now, path, Value::Null);
     let key = PodKey::new("default", "web", "de2f6723-e462-4c20-8674-b46348fe9d51");
@@ -183,7 +188,7 @@ fn objects_are_looked_up_and_statuses_reported_with_the_recorded_answers() {
     let mut finished = false;
     let mut sent = Vec::new();
     for _ in 0..20 {
-        while let Some(message) = uplink.poll_transmit(now) {
+        while let Some(message) = uplink.poll_transmit(now, |_| None) {
             if message.operation() == Some(Operation::Keepalive) {
                 continue;
             }

@@ -8,11 +8,12 @@ use skerry_edge_core::Now;
 use skerry_edge_core::backoff::Random;
 use skerry_edge_core::event::EventReport;
 use skerry_edge_core::node::{Facts, Health};
+use skerry_edge_core::outbox::{Change, Item, Kind, Row};
 use skerry_edge_core::status::PodKey;
 use skerry_edge_core::uplink::{KEEPALIVE_INTERVAL, LOOKUP_TIMEOUT, Output, Uplink};
-use skerry_protocol::{Message, Operation};
-use std::collections::BTreeMap;
+use skerry_protocol::{Capabilities, Message, Operation};
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 #[derive(Default)]
@@ -87,11 +88,11 @@ fn last_status_of_every_pod_arrives_whatever_happens_to_the_link() {
         for round in 0..400 {
             let working = round < 300;
             if working && random.below(20) == 0 {
-                uplink.handle_disconnected();
+                uplink.handle_disconnected(now);
                 replies.clear();
             }
             if !uplink.is_connected() && (!working || random.below(4) == 0) {
-                uplink.handle_connected(now, None);
+                uplink.handle_connected(now, Capabilities::default(), None);
             }
             if working {
                 let name = format!("p{}", random.below(5));
@@ -106,7 +107,7 @@ fn last_status_of_every_pod_arrives_whatever_happens_to_the_link() {
                     }
                 }
             }
-            while let Some(message) = uplink.poll_transmit(now) {
+            while let Some(message) = uplink.poll_transmit(now, |_| None) {
                 // The cloud does what arrives; its reply takes a while, and is lost with the link.
                 if let Some(reply) = cloud.answer(&mut random, &message) {
                     replies.push((now.mono + Duration::from_millis(random.below(3000)), reply));
@@ -120,7 +121,7 @@ fn last_status_of_every_pod_arrives_whatever_happens_to_the_link() {
             }
             while let Some(output) = uplink.poll_output(now) {
                 if let Output::Reconnect(_) = output {
-                    uplink.handle_disconnected();
+                    uplink.handle_disconnected(now);
                     replies.clear();
                 }
             }
@@ -134,18 +135,222 @@ fn last_status_of_every_pod_arrives_whatever_happens_to_the_link() {
     }
 }
 
+/// The outbox table: what was committed.
+type Disk = BTreeMap<u64, Item>;
+
+fn rows(disk: &Disk) -> Vec<Row> {
+    let row = |(seq, item): (&u64, &Item)| Row {
+        seq: *seq,
+        key: item.key.clone(),
+        kind: item.kind,
+        operation: item.operation,
+        resource: item.resource.clone(),
+        len: item.content.len(),
+    };
+    disk.iter().map(row).collect()
+}
+
+fn event(n: u64) -> EventReport {
+    EventReport {
+        kind: "Pod",
+        namespace: "default".into(),
+        name: "web".into(),
+        uid: "web".into(),
+        field_path: String::new(),
+        warning: false,
+        reason: "Test".into(),
+        message: n.to_string(),
+    }
+}
+
+/// The agent with its database, through cuts, moves to another connection, and power cuts.
+#[test]
+fn durable_events_and_ends_of_pods_arrive_over_power_cuts_with_any_hub() {
+    for seed in 0..40 {
+        let mut random = Random::new(seed);
+        let (mut now, mut disk) =
+            (Now { mono: Instant::now(), wall: jiff::Timestamp::UNIX_EPOCH }, Disk::new());
+        let peer = match seed % 2 {
+            0 => Capabilities::OURS,
+            _ => Capabilities::default(),
+        };
+        let mut uplink = Uplink::new(facts(), now, seed);
+        let mut replies: Vec<Message> = Vec::new();
+        // What is on the disk must arrive; what a power cut takes before that never was.
+        let (mut durable, mut ended) = (BTreeSet::new(), BTreeSet::new());
+        let (mut got, mut deleted, mut statuses) =
+            (Vec::<u64>::new(), BTreeSet::new(), BTreeMap::<String, String>::new());
+        let mut next = 0;
+        for round in 0..500 {
+            let working = round < 300;
+            let dice = random.below(if working { 12 } else { 4 });
+            match dice {
+                0 if !uplink.is_connected() => uplink.handle_connected(now, peer, None),
+                1..=3 => {}
+                4 | 5 => {
+                    next += 1;
+                    uplink.push_event(now, event(next));
+                }
+                6 if random.below(3) == 0 => {
+                    next += 1;
+                    let name = format!("p{next}");
+                    let key = || PodKey::new("default", &name, &name);
+                    let status = json!({"phase": "Failed", "message": format!("end of {name}")});
+                    uplink.report_pod(key(), status, || None);
+                    uplink.finish_pod(key());
+                }
+                7 if random.below(4) == 0 => {
+                    uplink.handle_disconnected(now);
+                    replies.clear();
+                }
+                8 if uplink.is_connected() && random.below(4) == 0 => {
+                    replies.clear();
+                    uplink.handle_connected(now, peer, None);
+                }
+                9 if random.below(6) == 0 => {
+                    replies.clear();
+                    let read = |seq| disk.get(&seq).map(|item: &Item| item.content.clone());
+                    uplink = Uplink::restore(facts(), now, random.next_u64(), rows(&disk), read);
+                }
+                _ => {}
+            }
+            let changes = uplink.take_changes(now);
+            if !changes.is_empty() {
+                if working && random.below(15) == 0 {
+                    // The power goes with the transaction.
+                    replies.clear();
+                    let read = |seq| disk.get(&seq).map(|item: &Item| item.content.clone());
+                    uplink = Uplink::restore(facts(), now, random.next_u64(), rows(&disk), read);
+                    continue;
+                }
+                for change in changes {
+                    match change {
+                        Change::Put { seq, item } => {
+                            let content: Value = serde_json::from_str(&item.content).expect("JSON");
+                            match item.kind {
+                                Kind::Note => drop(ended.insert(content["name"].to_string())),
+                                _ => drop(durable.insert(content["message"].to_string())),
+                            }
+                            disk.insert(seq, item);
+                        }
+                        Change::Remove { seq } => drop(disk.remove(&seq)),
+                    }
+                }
+                uplink.handle_stored(now, true);
+            }
+            for _ in 0..8 {
+                let read = |seq| disk.get(&seq).map(|item: &Item| item.content.clone());
+                let Some(message) = uplink.poll_transmit(now, read) else { break };
+                let name = message.route.resource.rsplit('/').next().unwrap_or_default().to_owned();
+                let content: Value = message.content_as().expect("JSON");
+                match message.route.resource.split('/').nth(1).unwrap_or_default() {
+                    "event" => {
+                        got.push(
+                            content["message"].as_str().expect("a text").parse().expect("a number"),
+                        );
+                        if peer.receipts {
+                            replies.push(message.response(0, "OK"));
+                        } else {
+                            assert!(uplink.wants_written(&message.header.msg_id));
+                            uplink.handle_written(now, &message.header.msg_id);
+                        }
+                    }
+                    "podpatch" => {
+                        let patch: Value =
+                            serde_json::from_str(content.as_str().expect("a text")).expect("JSON");
+                        let said = patch["status"]["message"].as_str().expect("a text").to_owned();
+                        statuses.insert(name, said);
+                        replies.push(message.response(0, &json!({"Object": {}, "Err": null})));
+                    }
+                    "pod" => {
+                        assert!(
+                            statuses.contains_key(&name),
+                            "seed {seed}: {name} went before its last status"
+                        );
+                        deleted.insert(json!(name).to_string());
+                        replies.push(message.response(0, "OK"));
+                    }
+                    _ => {}
+                }
+            }
+            let count = random.below(replies.len() as u64 + 1) as usize;
+            for reply in replies.drain(..count) {
+                assert!(uplink.handle_reply(now, &reply), "seed {seed}: somebody waits for it");
+            }
+            while uplink.poll_output(now).is_some() {}
+            let step = Duration::from_millis(random.below(700));
+            now = Now { mono: now.mono + step, wall: now.wall + step };
+        }
+        let arrived: BTreeSet<_> = got.iter().map(|n| json!(n.to_string()).to_string()).collect();
+        assert!(
+            durable.is_subset(&arrived),
+            "seed {seed}: lost {:?}",
+            durable.difference(&arrived)
+        );
+        assert_eq!(deleted, ended, "seed {seed}");
+        assert!(disk.is_empty() && uplink.outbox().is_empty(), "seed {seed}: {disk:?}");
+        // First arrivals are in the order of the events.
+        let mut first = got.clone();
+        let mut seen = BTreeSet::new();
+        first.retain(|n| seen.insert(*n));
+        assert!(first.is_sorted(), "seed {seed}: {first:?}");
+    }
+}
+
+#[test]
+fn with_our_hub_there_are_no_leases_and_no_keepalives_and_a_move_keeps_lookups() {
+    let now = Now { mono: Instant::now(), wall: jiff::Timestamp::UNIX_EPOCH };
+    let mut uplink = Uplink::new(facts(), now, 1);
+    uplink.update_node(now, facts(), Health::default());
+    let peer = Capabilities::ours(Duration::from_secs(25));
+    uplink.handle_connected(now, peer, None);
+    uplink.lookup(now, "default/secret/pw".parse().expect("a path"), Value::Null);
+    let drain = |uplink: &mut Uplink| -> Vec<_> {
+        std::iter::from_fn(|| uplink.poll_transmit(now, |_| None)).collect()
+    };
+    let words = |sent: &[Message]| -> Vec<_> {
+        sent.iter().map(|one| format!("{} {}", one.route.operation, one.route.resource)).collect()
+    };
+    let sent = drain(&mut uplink);
+    assert_eq!(words(&sent), ["query default/secret/pw", "insert null/node/edge1"]);
+    // The link moves to another connection: what was asked is asked there, nobody is told of a cut.
+    uplink.handle_connected(now, peer, None);
+    let sent = drain(&mut uplink);
+    assert_eq!(words(&sent), ["query default/secret/pw", "insert null/node/edge1"]);
+    let node = json!({"metadata": {"name": "edge1", "uid": "n"}});
+    uplink.handle_reply(now, &sent[1].response(0, &json!({"Object": node, "Err": null})));
+    uplink.handle_reply(now, &sent[0].response(0, &json!({"kind": "Secret"})));
+    let answers = std::iter::from_fn(|| uplink.poll_output(now));
+    let found =
+        answers.filter(|output| matches!(output, Output::Answer { found: Ok(Some(_)), .. }));
+    assert_eq!(found.count(), 1);
+    // The reply about the node is not acknowledged; its status follows, and then there is silence for an hour.
+    let sent = drain(&mut uplink);
+    assert_eq!(words(&sent), ["update null/node/edge1", "patch null/nodepatch/edge1"][1..]);
+    uplink.handle_reply(now, &sent[0].response(0, &json!({"Object": node, "Err": null})));
+    let sent = drain(&mut uplink);
+    assert_eq!(words(&sent), ["update null/node/edge1"], "labels that the cluster lacks");
+    uplink.handle_reply(now, &sent[0].response(0, "OK"));
+    while uplink.poll_output(now).is_some() {}
+    for minute in 1..60 {
+        let wait = Duration::from_secs(60 * minute);
+        let later = Now { mono: now.mono + wait, wall: now.wall + wait };
+        assert!(uplink.poll_transmit(later, |_| None).is_none(), "minute {minute}");
+    }
+}
+
 #[test]
 fn keepalive_goes_out_before_anything_else_and_every_15_s() {
     let now = Now { mono: Instant::now(), wall: jiff::Timestamp::UNIX_EPOCH };
     let mut uplink = Uplink::new(facts(), now, 1);
     uplink.update_node(now, facts(), Health::default());
-    uplink.handle_connected(now, None);
-    let first = uplink.poll_transmit(now).expect("a keepalive");
+    uplink.handle_connected(now, Capabilities::default(), None);
+    let first = uplink.poll_transmit(now, |_| None).expect("a keepalive");
     assert_eq!(first.operation(), Some(Operation::Keepalive));
     assert_eq!(first.content.get(), "\"ping\"");
     let later = Now { mono: now.mono + KEEPALIVE_INTERVAL, ..now };
     assert!(uplink.poll_timeout(now) <= later.mono);
-    let again = uplink.poll_transmit(later).expect("the next one");
+    let again = uplink.poll_transmit(later, |_| None).expect("the next one");
     assert_eq!(again.operation(), Some(Operation::Keepalive));
 }
 
@@ -160,13 +365,13 @@ fn lookup_ends_offline_at_once_in_silence_after_a_while_and_with_the_link() {
     };
     uplink.lookup(now, path(), Value::Null);
     assert_eq!(text(&mut uplink, now), "there is no connection to the cloud");
-    uplink.handle_connected(now, None);
+    uplink.handle_connected(now, Capabilities::default(), None);
     uplink.lookup(now, path(), Value::Null);
     assert!(uplink.poll_output(now).is_none());
     let later = Now { mono: now.mono + LOOKUP_TIMEOUT, ..now };
     assert_eq!(text(&mut uplink, later), "no answer from the cloud within 20 s");
     uplink.lookup(later, path(), Value::Null);
-    uplink.handle_disconnected();
+    uplink.handle_disconnected(later);
     assert_eq!(text(&mut uplink, later), "connection to the cloud was lost");
 }
 
@@ -186,9 +391,9 @@ fn refusals_are_told_apart_in_all_their_forms() {
         (json!({"kind": "Secret"}), "found"),
     ] {
         let mut uplink = Uplink::new(facts(), now, 1);
-        uplink.handle_connected(now, None);
+        uplink.handle_connected(now, Capabilities::default(), None);
         uplink.lookup(now, "default/secret/pw".parse().expect("a path"), Value::Null);
-        let query = std::iter::from_fn(|| uplink.poll_transmit(now))
+        let query = std::iter::from_fn(|| uplink.poll_transmit(now, |_| None))
             .find(|message| message.operation() == Some(Operation::Query))
             .expect("a query");
         uplink.handle_reply(now, &query.response(0, &content));
@@ -221,8 +426,10 @@ fn events_go_last_and_are_kept_while_the_link_is_down() {
         message: "Starting edgecore.".into(),
     };
     uplink.push_event(now, report);
-    uplink.handle_connected(now, None);
-    let sent: Vec<_> = std::iter::from_fn(|| uplink.poll_transmit(now))
+    assert_eq!(uplink.take_changes(now).len(), 1, "durable before anything else");
+    uplink.handle_stored(now, true);
+    uplink.handle_connected(now, Capabilities::default(), None);
+    let sent: Vec<_> = std::iter::from_fn(|| uplink.poll_transmit(now, |_| None))
         .map(|message| format!("{} {}", message.route.operation, message.route.resource))
         .collect();
     assert_eq!(sent[..2], ["keepalive node", "insert null/node/edge1"]);

@@ -8,20 +8,17 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use skerry_edge_core::pods::dns::{self, Resolver};
+use skerry_edge_core::pods::kubelet::{
+    self, ANNOTATION_GRACE, ANNOTATION_HASH, ANNOTATION_MESSAGE_PATH, ANNOTATION_MESSAGE_POLICY,
+    ANNOTATION_RESTARTS,
+};
 use skerry_edge_core::pods::linux::{self, Profile, Resources, Security};
 use skerry_edge_core::pods::runtime::{Exit, Instance, Sandbox, State};
 use skerry_edge_core::pods::{HASH_ANNOTATION, PodName, definition_hash, host_network};
 
 use super::EngineConfig;
-use super::worker::{
-    ANNOTATION_GRACE, LABEL_CONTAINER_NAME, LABEL_POD_NAME, LABEL_POD_NAMESPACE, LABEL_POD_UID,
-};
+use super::worker::{LABEL_CONTAINER_NAME, LABEL_POD_NAME, LABEL_POD_NAMESPACE, LABEL_POD_UID};
 use crate::cri::v1;
-
-const ANNOTATION_RESTARTS: &str = "io.kubernetes.container.restartCount";
-const ANNOTATION_MESSAGE_PATH: &str = "io.kubernetes.container.terminationMessagePath";
-const ANNOTATION_MESSAGE_POLICY: &str = "io.kubernetes.container.terminationMessagePolicy";
-const ANNOTATION_DELETION_GRACE: &str = "io.kubernetes.pod.deletionGracePeriod";
 
 /// Where a container's last words lie when the pod does not say.
 const MESSAGE_PATH_DEFAULT: &str = "/dev/termination-log";
@@ -110,20 +107,9 @@ pub(super) fn container_config(
     let spec = pod.spec.as_ref().unwrap_or(&default);
     let mut labels = pod_labels(name);
     labels.insert(LABEL_CONTAINER_NAME.to_owned(), container.name.clone());
-    let grace = spec.termination_grace_period_seconds.unwrap_or(30);
-    let mut annotations = BTreeMap::from([
-        (HASH_ANNOTATION.to_owned(), definition_hash(container)),
-        (ANNOTATION_RESTARTS.to_owned(), parts.restart_count.to_string()),
-        (ANNOTATION_MESSAGE_PATH.to_owned(), message_path(container).to_owned()),
-        (
-            ANNOTATION_MESSAGE_POLICY.to_owned(),
-            container.termination_message_policy.clone().unwrap_or_else(|| "File".to_owned()),
-        ),
-        (ANNOTATION_GRACE.to_owned(), grace.to_string()),
-    ]);
-    if let Some(grace) = pod.metadata.deletion_grace_period_seconds {
-        annotations.insert(ANNOTATION_DELETION_GRACE.to_owned(), grace.to_string());
-    }
+    let message_path = message_path(container);
+    let mut annotations = kubelet::annotations(pod, container, parts.restart_count, message_path);
+    annotations.insert(HASH_ANNOTATION.to_owned(), definition_hash(container));
     let envs = parts
         .variables
         .into_iter()
@@ -326,6 +312,7 @@ pub(super) fn instance_from(
         image: spec.image,
         image_id: status.image_ref,
         hash: status.annotations.get(HASH_ANNOTATION).cloned(),
+        kubelet_hash: status.annotations.get(ANNOTATION_HASH).cloned(),
         user_image,
     }
 }

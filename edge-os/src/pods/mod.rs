@@ -30,6 +30,7 @@ mod files;
 mod images;
 mod logs;
 mod owner;
+pub mod preview;
 mod probes;
 mod worker;
 
@@ -75,7 +76,8 @@ pub struct EngineConfig {
     /// `<key>=<value>` pairs that every container gets first, for example
     /// `KUBERNETES_SERVICE_HOST` of the node's local API.
     pub env: Vec<(String, String)>,
-    /// Parent cgroup of all pods, `/kubepods` by default; empty leaves it to the runtime.
+    /// Parent cgroup of all pods, `/kubepods` by default; one that ends in `.slice` is systemd's, empty leaves it to
+    /// the runtime.
     pub cgroup_root: String,
 }
 
@@ -179,6 +181,12 @@ pub trait RestartState: Send + Sync + 'static {
 
     /// Removes the records of a pod.
     fn forget(&self, pod_uid: &str);
+
+    /// Returns containers that ran when the node was taken over from another agent: the hash of the definition each
+    /// had then, by container id. Called once at start.
+    fn taken_over(&self) -> HashMap<String, String> {
+        HashMap::new()
+    }
 }
 
 /// Something the agent has to pass on.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use skerry_edge_core::pods::volumes::Reference;
-use skerry_edge_core::pods::{PodName, volumes};
+use skerry_edge_core::pods::{PodName, kubelet, volumes};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
@@ -93,6 +93,7 @@ pub(super) async fn run(start: Start) {
     for record in restarts.load() {
         records.entry(record.pod_uid.clone()).or_default().push(record);
     }
+    let taken_over = restarts.taken_over();
     let (done, mut finished) = mpsc::channel(64);
     let rotation = LogRotation::new(&config);
     let checker = AbortOnDrop(tokio::spawn(check_runtime(runtime.clone(), info.clone())));
@@ -109,6 +110,7 @@ pub(super) async fn run(start: Start) {
         info: info.subscribe(),
         board: board.clone(),
         index,
+        taken_over,
     });
     let mut owner = Owner {
         shared: shared.clone(),
@@ -257,6 +259,10 @@ impl Owner {
         let Some(name) = PodName::of(&pod) else { return };
         let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
         if node.is_some_and(|node| !node.is_empty() && node != self.shared.config.node_name) {
+            return;
+        }
+        if kubelet::is_mirror(&pod) {
+            tracing::debug!(pod = %name.full(), "not run: it stands for a pod from a file");
             return;
         }
         let stopping =
@@ -451,13 +457,20 @@ async fn list_pods(runtime: &Runtime) -> Result<HashMap<String, PodListing>, Cri
     let (sandboxes, containers) =
         tokio::try_join!(runtime.list_sandboxes(&[]), runtime.list_containers(&[]))?;
     let mut found: HashMap<String, PodListing> = HashMap::new();
+    let mut foreign = HashSet::new();
     for v1::PodSandbox { id, state, labels, annotations, .. } in sandboxes {
+        // Kubelet's pods from files are not the cluster's to stop, and we do not run them.
+        if kubelet::is_static(&annotations) {
+            foreign.extend(labels.get(worker::LABEL_POD_UID).cloned());
+            continue;
+        }
         add(&mut found, id, state, &labels, &annotations);
     }
     for v1::Container { id, state, labels, annotations, .. } in containers {
         // Container states follow the two of sandboxes, so that no number means two things.
         add(&mut found, id, state + 2, &labels, &annotations);
     }
+    found.retain(|uid, _| !foreign.contains(uid));
     Ok(found)
 }
 
@@ -476,7 +489,7 @@ fn add(
         grace_seconds: 30,
         states: BTreeMap::new(),
     });
-    let grace = annotations.get(worker::ANNOTATION_GRACE).and_then(|text| text.parse().ok());
+    let grace = annotations.get(kubelet::ANNOTATION_GRACE).and_then(|text| text.parse().ok());
     entry.grace_seconds = grace.unwrap_or(entry.grace_seconds);
     entry.states.insert(id, state);
 }

@@ -55,7 +55,6 @@ pub(super) const LABEL_POD_NAME: &str = "io.kubernetes.pod.name";
 pub(super) const LABEL_POD_NAMESPACE: &str = "io.kubernetes.pod.namespace";
 pub(super) const LABEL_POD_UID: &str = "io.kubernetes.pod.uid";
 pub(super) const LABEL_CONTAINER_NAME: &str = "io.kubernetes.container.name";
-pub(super) const ANNOTATION_GRACE: &str = "io.kubernetes.pod.terminationGracePeriod";
 
 /// Time between two looks at a pod with which nothing happens.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(60);
@@ -87,6 +86,8 @@ pub(super) struct Shared {
     pub(super) info: watch::Receiver<RuntimeInfo>,
     pub(super) board: Arc<Board>,
     pub(super) index: Arc<Index>,
+    /// [`RestartState::taken_over`].
+    pub(super) taken_over: HashMap<String, String>,
 }
 
 /// What the owner tells a worker. Counters only grow; the worker compares.
@@ -480,6 +481,9 @@ impl Worker {
             found.containers.extend(instance?);
         }
         for one in &found.containers {
+            if let Some(hash) = self.shared.taken_over.get(&one.id) {
+                self.facts.taken_over.insert(one.id.clone(), hash.clone());
+            }
             let count = self.facts.restart_counts.entry(one.name.clone()).or_default();
             *count = one.restart_count.max(*count);
         }
@@ -1541,16 +1545,19 @@ fn until(at: Timestamp) -> Duration {
 
 /// Removes the pod's cgroups; the runtime only removes those of containers.
 fn remove_cgroups(root: &str, uid: &str) {
-    for class in ["", "burstable", "besteffort"] {
-        remove_cgroup(root, &[class, &format!("pod{uid}")]);
+    let pod = format!("pod{uid}");
+    remove_cgroup(root, &[&pod]);
+    for class in ["burstable", "besteffort"] {
+        remove_cgroup(root, &[class, &pod]);
     }
 }
 
 /// Removes the cgroups above pods, when there are no pods any more.
 pub(super) fn remove_cgroup_root(root: &str) {
-    for class in ["burstable", "besteffort", ""] {
+    for class in ["burstable", "besteffort"] {
         remove_cgroup(root, &[class]);
     }
+    remove_cgroup(root, &[]);
 }
 
 /// Removes one cgroup from every hierarchy. Only empty ones go; the kernel refuses the rest.
@@ -1562,11 +1569,9 @@ fn remove_cgroup(root: &str, below: &[&str]) {
     if let Ok(entries) = std::fs::read_dir("/sys/fs/cgroup") {
         tops.extend(entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()));
     }
+    let path = linux::cgroup_path(root, below);
     for top in tops {
-        let path = below.iter().fold(top.join(root.trim_start_matches('/')), |path, part| {
-            if part.is_empty() { path } else { path.join(part) }
-        });
-        let _ = std::fs::remove_dir(path);
+        let _ = std::fs::remove_dir(top.join(path.trim_start_matches('/')));
     }
 }
 
@@ -1616,6 +1621,7 @@ mod tests {
                 image: String::new(),
                 image_id: String::new(),
                 hash: None,
+                kubelet_hash: None,
                 user_image: None,
             }],
         };

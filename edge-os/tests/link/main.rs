@@ -3,6 +3,9 @@
 //! There is no container runtime in these tests: the pod engine waits for one, everything else goes on.
 
 mod cloud;
+mod owed;
+mod transports;
+mod tunnel;
 
 use cloud::{Cloud, Session};
 use serde_json::{Value, json};
@@ -13,6 +16,8 @@ use std::path::Path;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+const OURS: &str = "digest,window,batch,lease,receipts,renew,beat=25";
+
 struct Node {
     stop: CancellationToken,
     task: JoinHandle<Result<(), AgentError>>,
@@ -20,10 +25,15 @@ struct Node {
 
 impl Node {
     fn start(dir: &Path, cloud: &Cloud) -> Self {
+        Self::start_with(dir, cloud, "")
+    }
+
+    /// `more` are lines of the configuration.
+    fn start_with(dir: &Path, cloud: &Cloud, more: &str) -> Self {
         let dir = dir.display();
         let text = format!(
-            "nodeName: edge1\nhub: wss://127.0.0.1:{}\nenrol: https://127.0.0.1:{}\ntoken: {}\ndir: {dir}/edge\n\
-             podLogDir: {dir}/logs\nruntimeSocket: {dir}/none.sock\nlabels: {{site: lisbon}}\nnodeIP: 192.0.2.2\n",
+            "nodeName: edge1\nhub: wss://127.0.0.1:{}\nquic: off\nenrol: https://127.0.0.1:{}\ntoken: {}\n\
+             dir: {dir}/edge\npodLogDir: {dir}/logs\nruntimeSocket: {dir}/none.sock\nlabels: {{site: lisbon}}\nnodeIP: 192.0.2.2\n{more}",
             cloud.hub_port(),
             cloud.enrol_port,
             cloud.token(),
@@ -74,7 +84,7 @@ async fn node_joins_registers_and_keeps_its_lease() {
     }
     assert_eq!(session.path, "/e632aba927ea4ac2b575ec1603d56f10/edge1/events");
     for (name, value) in
-        [("node_id", "edge1"), ("ConnectionUse", "msg"), ("Skerry-Capabilities", "digest")]
+        [("node_id", "edge1"), ("ConnectionUse", "msg"), ("Skerry-Capabilities", OURS)]
     {
         assert_eq!(session.headers.get(name).and_then(|value| value.to_str().ok()), Some(value));
     }

@@ -154,7 +154,7 @@ impl Machine {
         config.cgroup_root = format!("/skt{}", std::process::id());
         let (engine, events) =
             Engine::start(config, self.store.clone(), self.store.clone()).await.expect("starts");
-        Agent { engine, events, statuses: HashMap::new(), gone: Vec::new(), told: Vec::new() }
+        Agent::new(engine, events)
     }
 
     pub(crate) fn runtime(&self) -> Runtime {
@@ -233,6 +233,10 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
+    pub(crate) fn new(engine: Engine, events: mpsc::Receiver<EngineEvent>) -> Self {
+        Self { engine, events, statuses: HashMap::new(), gone: Vec::new(), told: Vec::new() }
+    }
+
     async fn next(&mut self, what: &str) {
         let event = tokio::time::timeout(PATIENCE, self.events.recv()).await;
         match event {

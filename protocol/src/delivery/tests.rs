@@ -24,26 +24,38 @@ fn drain(delivery: &mut Delivery, now: Instant) -> Vec<String> {
     while let Some(message) = delivery.poll_transmit(now) {
         let Message { header, route, .. } = &*message;
         written.push(format!("{} {} {}", route.operation, route.resource, header.resourceversion));
-        delivery.handle_ack(&header.msg_id);
+        delivery.handle_ack(&header.msg_id, now);
     }
     written
+}
+
+/// Everything that may be written at `now`, as `resource version`.
+fn write_all(delivery: &mut Delivery, now: Instant) -> Vec<String> {
+    let mut written = Vec::new();
+    while let Some(message) = delivery.poll_transmit(now) {
+        written.push(format!("{} {}", message.route.resource, message.header.resourceversion));
+    }
+    written
+}
+
+/// A window of one message, in which the order of everything can be seen.
+fn one_at_a_time() -> Delivery {
+    Delivery::new(Settings { window: 1, ..Settings::stock() })
 }
 
 #[test]
 fn unanswered_message_is_written_five_times_in_25_seconds_then_queued_again() {
     let start = Instant::now();
-    let mut delivery = queued([
-        object(Operation::Update, "default/pod/a", "a", 1),
-        object(Operation::Update, "default/pod/b", "b", 1),
-    ]);
+    let mut delivery = one_at_a_time();
+    delivery.queue(object(Operation::Update, "default/pod/a", "a", 1)).expect("room");
+    delivery.queue(object(Operation::Update, "default/pod/b", "b", 1)).expect("room");
 
     let mut now = start;
     let mut written = Vec::new();
-    while let Some(message) = delivery.poll_transmit(now) {
+    while written.len() < 6 {
+        let message = delivery.poll_transmit(now).expect("it is time");
         written.push(((now - start).as_secs(), message.route.resource.clone()));
-        if message.route.resource.ends_with('b') {
-            break;
-        }
+        assert!(delivery.poll_transmit(now).is_none(), "the window is full");
         now = delivery.poll_timeout().expect("a message is in flight");
     }
 
@@ -57,20 +69,188 @@ fn unanswered_message_is_written_five_times_in_25_seconds_then_queued_again() {
 }
 
 #[test]
+fn window_is_full_of_different_keys_and_acks_make_room_in_any_order() {
+    let now = Instant::now();
+    let pods = (0..40).map(|n| object(Operation::Update, &format!("default/pod/{n:02}"), "u", 1));
+    let mut delivery = queued(pods);
+    let first: Vec<_> = std::iter::from_fn(|| delivery.poll_transmit(now)).collect();
+    assert_eq!(first.len(), STOCK_WINDOW);
+    assert_eq!((delivery.in_flight(), delivery.backlog_len(), delivery.len()), (16, 24, 40));
+    for message in first.iter().rev().take(3) {
+        delivery.handle_ack(&message.header.msg_id, now);
+    }
+    let next = write_all(&mut delivery, now);
+    assert_eq!(next, ["default/pod/16 1", "default/pod/17 1", "default/pod/18 1"]);
+}
+
+#[test]
+fn next_version_of_a_key_waits_for_the_ack_of_the_one_in_flight() {
+    let now = Instant::now();
+    let mut delivery = queued([object(Operation::Update, "default/pod/a", "a", 1)]);
+    let first = delivery.poll_transmit(now).expect("due");
+    for version in 2..5 {
+        delivery.queue(object(Operation::Update, "default/pod/a", "a", version)).expect("room");
+    }
+    assert!(delivery.poll_transmit(now).is_none());
+    assert_eq!(delivery.len(), 2, "versions in between are pointless");
+    delivery.handle_ack(&first.header.msg_id, now);
+    assert_eq!(write_all(&mut delivery, now), ["default/pod/a 4"]);
+}
+
+#[test]
+fn most_urgent_class_goes_first_and_the_oldest_of_it() {
+    let mut delivery = one_at_a_time();
+    for resource in [
+        "default/endpointslice/a",
+        "default/device/a",
+        "null/node/edge1",
+        "default/pod/b",
+        "default/pod/a",
+        "skerry/bundle/edge1",
+    ] {
+        delivery.queue(object(Operation::Update, resource, "u", 1)).expect("room");
+    }
+    let order = [
+        "update skerry/bundle/edge1 1",
+        "update default/pod/b 1",
+        "update default/pod/a 1",
+        "update null/node/edge1 1",
+        "update default/device/a 1",
+        "update default/endpointslice/a 1",
+    ];
+    assert_eq!(drain(&mut delivery, Instant::now()), order);
+}
+
+#[test]
+fn bytes_bound_the_window_and_one_oversized_message_goes_alone() {
+    let now = Instant::now();
+    let sized = |resource: &str, len: usize| {
+        let body = serde_json::json!({"metadata": {"uid": resource}, "data": "x".repeat(len)});
+        Message::new(0, "edgecontroller", "resource", Operation::Update, resource, &body)
+            .with_version("1")
+    };
+    let large = WINDOW_BYTES + 1;
+    let mut delivery = queued([
+        sized("default/pod/a", 1000),
+        sized("default/pod/b", large),
+        sized("default/pod/c", 10),
+    ]);
+    assert_eq!(write_all(&mut delivery, now), ["default/pod/a 1"], "`c` does not overtake");
+    assert!(delivery.in_flight_bytes() < 2000 && delivery.backlog_bytes() > large);
+    let mut delivery = queued([sized("default/pod/b", large), sized("default/pod/c", 10)]);
+    let alone = delivery.poll_transmit(now).expect("nothing else is in flight");
+    assert!(delivery.poll_transmit(now).is_none());
+    delivery.handle_ack(&alone.header.msg_id, now);
+    assert_eq!(write_all(&mut delivery, now), ["default/pod/c 1"]);
+}
+
+#[test]
+fn bytes_bound_what_waits() {
+    let body = "x".repeat(WAITING_BYTES_MAX / 8);
+    let large = |n: usize| {
+        let resource = format!("default/configmap/{n}");
+        Message::new(0, "edgecontroller", "resource", Operation::Update, resource, &body)
+    };
+    let mut delivery = queued((0..7).map(large));
+    assert_eq!(delivery.queue(large(7)), Err(QueueFull));
+    assert_eq!(delivery.len(), 7);
+    delivery.queue(large(0)).expect("a newer version takes the place of the old one");
+}
+
+#[test]
 fn late_ack_does_not_touch_the_next_message() {
     let now = Instant::now();
     let mut delivery = queued([object(Operation::Update, "default/pod/a", "a", 1)]);
     let first = delivery.poll_transmit(now).expect("due");
-    delivery.handle_ack(&first.header.msg_id);
-    delivery.queue(object(Operation::Update, "default/pod/b", "b", 1)).expect("room");
+    delivery.handle_ack(&first.header.msg_id, now);
+    delivery.queue(object(Operation::Update, "default/pod/a", "a", 2)).expect("room");
     let second = delivery.poll_transmit(now).expect("due");
 
-    delivery.handle_ack(&first.header.msg_id);
-    delivery.handle_ack("never sent");
+    delivery.handle_ack(&first.header.msg_id, now);
+    delivery.handle_ack("never sent", now);
 
-    assert!(delivery.poll_transmit(now).is_none(), "`b` is still in flight");
-    delivery.handle_ack(&second.header.msg_id);
+    assert!(delivery.poll_transmit(now).is_none(), "the second version is still in flight");
+    delivery.handle_ack(&second.header.msg_id, now);
     assert!(delivery.is_empty());
+}
+
+#[test]
+fn round_trip_is_smoothed_and_ignores_messages_that_were_written_twice() {
+    let start = Instant::now();
+    let ms = Duration::from_millis;
+    let mut delivery = Delivery::default();
+    let mut ack_after = |writes: u32, wait: Duration| {
+        delivery.queue(object(Operation::Update, "default/pod/a", "a", 1)).expect("room");
+        let message = delivery.poll_transmit(start).expect("due");
+        for write in 1..writes {
+            delivery.poll_transmit(start + RETRY_INTERVAL * write).expect("due again");
+        }
+        delivery.handle_ack(&message.header.msg_id, start + wait);
+        while delivery.poll_event().is_some() {}
+        delivery.rtt()
+    };
+    assert_eq!(ack_after(2, RETRY_INTERVAL + ms(1)), None);
+    assert_eq!(ack_after(1, ms(80)), Some(ms(80)));
+    assert_eq!(ack_after(1, ms(160)), Some(ms(90)));
+    assert_eq!(ack_after(3, ms(1)), Some(ms(90)));
+}
+
+#[test]
+fn stock_node_gets_messages_without_ack_at_a_pace_that_its_reader_keeps() {
+    let start = Instant::now();
+    let notice = |n: u32| {
+        Message::new(0, "router_eventbus", "user", Operation::Publish, format!("topic/{n}"), "data")
+    };
+    let mut delivery = queued((0..STOCK_BURST + 10).map(notice));
+    assert_eq!(write_all(&mut delivery, start).len(), STOCK_BURST as usize);
+    assert_eq!(delivery.poll_timeout(), Some(start + STOCK_PACE));
+    delivery.queue(object(Operation::Update, "default/pod/a", "a", 1)).expect("room");
+    assert_eq!(write_all(&mut delivery, start), ["default/pod/a 1"], "objects do not wait for it");
+    assert_eq!(write_all(&mut delivery, start + STOCK_PACE).len(), 1);
+    let next = delivery.poll_timeout().expect("more is to come");
+    assert_eq!(next, start + STOCK_PACE * 2);
+    assert_eq!(write_all(&mut delivery, start + Duration::from_secs(1)).len(), 9);
+
+    let mut delivery = Delivery::new(Settings::ours());
+    for n in 0..1000 {
+        delivery.queue(notice(n)).expect("room");
+    }
+    assert_eq!(write_all(&mut delivery, start).len(), 1000, "ours keeps what it has read");
+}
+
+#[test]
+fn idle_delivery_is_a_few_words() {
+    let now = Instant::now();
+    let mut delivery =
+        queued((0..100).map(|n| object(Operation::Update, &format!("a/pod/{n}"), "u", 1)));
+    drain(&mut delivery, now);
+    assert!(delivery.busy.is_some(), "events are to be told");
+    while delivery.poll_event().is_some() {}
+    assert!(delivery.busy.is_none(), "nothing is kept");
+    assert!(delivery.rtt().is_some(), "but what was learned");
+    assert!(size_of::<Delivery>() <= 128, "{}", size_of::<Delivery>());
+}
+
+#[test]
+fn ten_thousand_messages_of_many_keys_take_no_scans() {
+    let now = Instant::now();
+    let mut delivery = Delivery::new(Settings::ours());
+    for round in 0..2 {
+        for n in 0..WAITING_MAX {
+            let resource = format!("default/configmap/{n}");
+            delivery.queue(object(Operation::Update, &resource, "u", round)).expect("room");
+        }
+    }
+    let mut acked = 0;
+    while !delivery.is_empty() {
+        let written: Vec<_> = std::iter::from_fn(|| delivery.poll_transmit(now)).collect();
+        assert!(written.len() <= OUR_WINDOW);
+        for message in written.iter().rev() {
+            delivery.handle_ack(&message.header.msg_id, now);
+            acked += 1;
+        }
+    }
+    assert_eq!(acked, WAITING_MAX);
 }
 
 #[test]
@@ -85,7 +265,7 @@ fn ack_that_comes_after_the_last_write_still_counts() {
         now += RETRY_INTERVAL;
         delivery.poll_transmit(now);
     }
-    delivery.handle_ack(&first.header.msg_id);
+    delivery.handle_ack(&first.header.msg_id, now);
     assert_eq!(drain(&mut delivery, now + RETRY_INTERVAL), ["update default/pod/b 1"]);
     assert!(delivery.is_empty());
 }
@@ -135,11 +315,14 @@ fn unanswered_version_is_dropped_when_a_newer_one_waits() {
 #[test]
 fn unanswered_delete_stays_ahead_of_the_new_object_and_lets_others_pass() {
     let mut now = Instant::now();
-    let mut delivery = queued([
+    let mut delivery = one_at_a_time();
+    for message in [
         object(Operation::Delete, "default/pod/a", "old", 1),
         object(Operation::Update, "default/pod/a", "new", 2),
         object(Operation::Update, "default/pod/b", "b", 3),
-    ]);
+    ] {
+        delivery.queue(message).expect("room");
+    }
     for _ in 0..WRITES_MAX {
         delivery.poll_transmit(now);
         now += RETRY_INTERVAL;
@@ -191,13 +374,39 @@ fn answer_to_a_digest_waits_until_everything_before_it_is_acknowledged() {
         now = delivery.poll_timeout().expect("in flight");
         let next = delivery.poll_transmit(now).expect("due");
         if next.header.msg_id != first.header.msg_id {
-            delivery.handle_ack(&next.header.msg_id);
+            delivery.handle_ack(&next.header.msg_id, now);
             break;
         }
     }
     assert_eq!(
         drain(&mut delivery, now),
         ["update default/pod/a 2".to_owned(), format!("response {} ", crate::digest::RESOURCE)],
+    );
+    assert!(delivery.is_empty());
+}
+
+#[test]
+fn barrier_waits_for_a_key_that_no_longer_fits_into_the_window() {
+    let now = Instant::now();
+    let request =
+        Message::new(0, "metamanager", "meta", Operation::Query, crate::digest::RESOURCE, &());
+    let mut delivery = one_at_a_time();
+    let pods = ["default/pod/a", "default/pod/b"];
+    for resource in pods {
+        delivery.queue(object(Operation::Update, resource, "u", 1)).expect("room");
+    }
+    delivery.queue(request.response(0, "OK")).expect("room");
+    delivery.queue(object(Operation::Update, "default/pod/c", "u", 1)).expect("room");
+    let mut written = Vec::new();
+    while let Some(message) = delivery.poll_transmit(now) {
+        written.push(message.route.resource.clone());
+        assert_eq!(delivery.in_flight(), usize::from(ack_required(&message)));
+        delivery.handle_ack(&message.header.msg_id, now);
+    }
+    // Pods are more urgent than the barrier once it may go; what it promises is only what came before it.
+    assert_eq!(
+        written,
+        ["default/pod/a", "default/pod/b", "default/pod/c", crate::digest::RESOURCE]
     );
     assert!(delivery.is_empty());
 }
@@ -217,7 +426,8 @@ fn class_is_read_from_the_type_segment() {
     let check = |operation: &str, resource: &str, source: &str, content: &str, expected: bool| {
         let mut message = Message::new(0, source, "resource", Operation::Update, resource, &());
         message.route.operation = operation.into();
-        message.content = serde_json::value::RawValue::from_string(content.into()).expect("json");
+        message.content =
+            serde_json::value::RawValue::from_string(content.into()).expect("json").into();
         assert_eq!(ack_required(&message), expected, "{operation} {resource} from {source}");
     };
     check("insert", "default/pod/web", "edgecontroller", "{}", true);
@@ -242,6 +452,12 @@ fn class_is_read_from_the_type_segment() {
     check("response", "default/secret/s", "edgecontroller", "{\"ErrStatus\":{}}", false);
     check("error", "default/secret/s", "edgecontroller", "\"no\"", false);
     check("response", "skerry/digest", "edgecontroller", "\"OK\"", false);
+    check("response", "skerry/certificate/n", "edgecontroller", "{\"a\":1}", false);
+    check("update", "skerry/bundle/n", "edgecontroller", "{\"a\":1}", true);
+    check("update", "skerry/certificate/of-a-namespace", "dynamiccontroller", "{}", true);
+    check("response", "default/event/e", "edgecontroller", "\"OK\"", false);
+    check("applicationResponse", "ignore/Application/ignore", "dynamiccontroller", "{}", false);
+    check("createvolume", "default/volume/v", "cloudhub", "\"{}\"", false);
 }
 
 /// One step of a generated run.
@@ -318,7 +534,7 @@ impl World {
             Step::Ack { which, twice } if !self.acks.is_empty() => {
                 let parent = self.acks.swap_remove(which % self.acks.len());
                 for _ in 0..=u8::from(twice) {
-                    self.delivery.handle_ack(&parent);
+                    self.delivery.handle_ack(&parent, *now);
                 }
             }
             Step::LoseAck { which } if !self.acks.is_empty() => {
@@ -352,9 +568,13 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
     #[test]
-    fn nothing_is_forgotten_reversed_or_resurrected(steps in proptest::collection::vec(step(), 0..120)) {
+    fn nothing_is_forgotten_reversed_or_resurrected(
+        steps in proptest::collection::vec(step(), 0..120),
+        window in 1..5usize,
+    ) {
         let mut now = Instant::now();
-        let mut world = World::default();
+        let settings = Settings { window, ..Settings::stock() };
+        let mut world = World { delivery: Delivery::new(settings), ..World::default() };
         for step in &steps {
             world.apply(step, &mut now);
         }

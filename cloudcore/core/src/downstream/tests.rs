@@ -1,25 +1,60 @@
 use super::*;
+use crate::objectsync::{Action, Outcome, Scope, SyncId, SyncSpec};
 use serde_json::json;
+use skerry_protocol::delivery::ack_required;
 use skerry_protocol::digest::Held;
+use std::hash::{DefaultHasher, Hasher};
 
 struct Hub {
     downstream: Downstream,
     now: Instant,
     sessions: SessionId,
+    /// Nodes acknowledge everything at once, and the API does every write.
+    is_prompt: bool,
 }
 
 impl Hub {
-    /// A hub whose lists of every kind are complete and empty.
+    /// A hub whose lists of every kind are complete and empty, in a cluster that keeps no records.
     fn listed() -> Self {
         let mut hub = Self::unlisted();
+        hub.input(Input::Sync(Word::Unavailable));
         for kind in Kind::ALL {
             hub.input(Input::Listed(kind, BTreeSet::new()));
         }
         hub
     }
 
+    /// The same in a cluster that has `edge1`, keeps records, and has these: name, kind and name of the object, version.
+    fn recorded(records: &[(&str, Kind, &str, &str)]) -> Self {
+        let mut hub = Self::unlisted();
+        hub.change(Kind::Node, node("edge1", 1, true));
+        for kind in Kind::ALL {
+            let keys = if kind == Kind::Node { vec![key("null/node/edge1")] } else { vec![] };
+            hub.input(Input::Listed(kind, keys.into_iter().collect()));
+        }
+        let mut names = BTreeSet::new();
+        for (name, kind, object, version) in records {
+            let namespace = (*kind != Kind::Node).then(|| Arc::from("default"));
+            let spec = SyncSpec {
+                api_version: kind.api_version().into(),
+                kind: kind.api_kind().into(),
+                name: (*object).into(),
+            };
+            let name: Arc<str> = (*name).into();
+            names.insert((namespace.clone(), Arc::clone(&name)));
+            let version = Some(Arc::from(*version));
+            hub.input(Input::Sync(Word::Seen { name, namespace, spec, version }));
+        }
+        let (cluster, namespaced) =
+            names.into_iter().partition(|(namespace, _)| namespace.is_none());
+        hub.input(Input::Sync(Word::Listed(Scope::Cluster, cluster)));
+        hub.input(Input::Sync(Word::Listed(Scope::Namespaced, namespaced)));
+        hub
+    }
+
     fn unlisted() -> Self {
-        Self { downstream: Downstream::default(), now: Instant::now(), sessions: 0 }
+        let downstream = Downstream::default();
+        Self { downstream, now: Instant::now(), sessions: 0, is_prompt: true }
     }
 
     fn input(&mut self, input: Input) {
@@ -33,7 +68,8 @@ impl Hub {
     fn connect(&mut self, node: &str, digest: bool) -> SessionId {
         self.sessions += 1;
         let (node, session) = (node.to_owned(), self.sessions);
-        self.input(Input::Connected { node, session, capabilities: Capabilities { digest } });
+        let capabilities = Capabilities { digest, ..Capabilities::default() };
+        self.input(Input::Connected { node, session, capabilities });
         self.sessions
     }
 
@@ -50,7 +86,44 @@ impl Hub {
 
     /// What came out, as short lines.
     fn outputs(&mut self) -> Vec<String> {
-        std::iter::from_fn(|| self.downstream.poll_output()).map(|output| line(&output)).collect()
+        let mut lines = Vec::new();
+        while let Some(output) = self.downstream.poll_output() {
+            lines.push(line(&output));
+            match output {
+                Output::Send { node, session, message }
+                    if self.is_prompt && ack_required(&message) =>
+                {
+                    self.ack(&node, session, *message);
+                }
+                Output::Sync(Write { node, id, .. }) if self.is_prompt => {
+                    let outcome = Outcome::Done;
+                    self.input(Input::Sync(Word::Written { node, id, outcome }));
+                }
+                _ => {}
+            }
+        }
+        lines
+    }
+
+    fn ack(&mut self, node: &str, session: SessionId, message: Message) {
+        let (node, message) = (node.to_owned(), Arc::new(message));
+        self.input(Input::Acked { node, session, message });
+    }
+
+    /// The messages that came out; nobody has acknowledged them.
+    fn messages(&mut self) -> Vec<Message> {
+        let outputs = std::iter::from_fn(|| self.downstream.poll_output());
+        let message = |output| match output {
+            Output::Send { message, .. } => Some(*message),
+            _ => None,
+        };
+        outputs.filter_map(message).collect()
+    }
+
+    fn push(&mut self, node: &str, path: &str, object: Value, operation: Operation) {
+        let key = Key::watched(&path.parse().expect(path)).expect(path);
+        let object = Watched::read(object).expect("an object");
+        self.input(Input::Pushed { node: node.into(), key, object, operation });
     }
 
     fn check(&mut self, expected: &[&str]) {
@@ -69,6 +142,11 @@ fn line(output: &Output) -> String {
         Output::Close { node, session, .. } => format!("{node}: close {session}"),
         Output::Fetch(key) => format!("fetch {key}"),
         Output::Relist(node) => format!("relist {node}"),
+        Output::Sync(write) => match &write.action {
+            Action::Create(version) => format!("create {} {version}", write.name()),
+            Action::Status(version) => format!("status {} {version}", write.name()),
+            Action::Delete => format!("remove {}", write.name()),
+        },
     }
 }
 
@@ -105,7 +183,7 @@ fn pod_goes_to_its_node_only_and_its_configs_go_first() {
 
     hub.change(Kind::Pod, pod("web", "edge1", 2, &["page"]));
     hub.check(&["fetch default/configmap/page", "edge1: insert default/pod/web 2"]);
-    hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 1))));
+    hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 1)), None));
     hub.check(&["edge1: insert default/configmap/page 1"]);
 
     hub.change(Kind::ConfigMap, config("page", 3));
@@ -128,7 +206,7 @@ fn config_leaves_the_node_with_the_last_pod_that_uses_it() {
     hub.connect("edge1", false);
     hub.change(Kind::Pod, pod("a", "edge1", 1, &["page"]));
     hub.change(Kind::Pod, pod("b", "edge1", 2, &["page"]));
-    hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 1))));
+    hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 1)), None));
     hub.outputs();
     hub.input(Input::Deleted(key("default/pod/a"), pod("a", "edge1", 5, &["page"])));
     hub.check(&["edge1: delete default/pod/a 5"]);
@@ -178,9 +256,7 @@ fn managed_fields_do_not_go_over_the_link() {
     let mut hub = Hub::listed();
     hub.connect("edge1", false);
     hub.change(Kind::Pod, pod("web", "edge1", 2, &[]));
-    let Some(Output::Send { message, .. }) = hub.downstream.poll_output() else {
-        panic!("the pod is sent")
-    };
+    let message = hub.messages().pop().expect("the pod is sent");
     let body: Value = message.content_as().expect("an object");
     assert_eq!((&body["kind"], &body["apiVersion"]), (&json!("Pod"), &json!("v1")));
     assert!(body["metadata"].get("managedFields").is_none());
@@ -212,11 +288,15 @@ fn digest_brings_differences_deletes_and_then_the_answer() {
             ("null/node/edge1", "uid-edge1", "1"),
         ],
     );
+    // No device has been seen yet, so the watch may lag behind.
+    hub.check(&["fetch default/device/other"]);
+    hub.input(Input::Fetched(key("default/device/other"), None, Some(20)));
     hub.check(&[
-        "edge1: delete default/secret/gone",
         "edge1: update default/pod/changed 12",
         "edge1: insert default/pod/missing 13",
         "edge1: delete default/pod/replaced",
+        "edge1: delete default/device/other",
+        "edge1: delete default/secret/gone",
         "edge1: response skerry/digest",
     ]);
 }
@@ -257,6 +337,9 @@ fn nothing_is_judged_before_all_lists_are_complete() {
     hub.connect("edge1", true);
     hub.digest("edge1", &[("default/pod/web", "uid-web", "2"), ("default/pod/gone", "g", "1")]);
     hub.change(Kind::Pod, pod("web", "edge1", 2, &["page"]));
+    for kind in [Kind::DeviceModel, Kind::Device, Kind::ServiceAccountAccess] {
+        hub.input(Input::Unavailable(kind));
+    }
     for kind in [Kind::Pod, Kind::Node, Kind::Secret] {
         hub.input(Input::Listed(kind, BTreeSet::from([key("default/pod/web")])));
     }
@@ -275,7 +358,7 @@ fn object_missing_from_a_new_list_is_gone() {
     let mut hub = Hub::listed();
     hub.connect("edge1", false);
     hub.change(Kind::Pod, pod("web", "edge1", 2, &["page"]));
-    hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 1))));
+    hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 1)), None));
     hub.outputs();
     hub.input(Input::Listed(Kind::ConfigMap, BTreeSet::new()));
     hub.check(&["edge1: delete default/configmap/page 1"]);
@@ -313,16 +396,12 @@ fn delete_is_sent_again_until_it_is_acknowledged() {
     hub.connect("edge1", false);
     hub.change(Kind::Pod, pod("web", "edge1", 2, &[]));
     hub.outputs();
+    hub.is_prompt = false;
     hub.input(Input::Deleted(key("default/pod/web"), Value::Null));
-    let Some(Output::Send { .. }) = hub.downstream.poll_output() else { panic!("no delete") };
-    let third = hub.connect("edge1", false);
-    let outputs: Vec<_> = std::iter::from_fn(|| hub.downstream.poll_output()).collect();
-    let Some(Output::Send { message, .. }) = outputs.into_iter().last() else {
-        panic!("no delete")
-    };
-    assert_eq!(message.route.operation, "delete");
-    let message = Arc::from(message);
-    hub.input(Input::Acked { node: "edge1".into(), session: third, message });
+    hub.check(&["edge1: delete default/pod/web 2"]);
+    hub.connect("edge1", false);
+    hub.is_prompt = true;
+    hub.check(&["edge1: close 1", "edge1: delete default/pod/web"]);
     hub.connect("edge1", false);
     hub.check(&["edge1: close 2"]);
 }
@@ -336,9 +415,9 @@ fn pods_of_other_nodes_are_not_kept_until_such_a_node_connects() {
     hub.connect("cloud1", false);
     hub.check(&["relist cloud1", "fetch null/node/cloud1"]);
     hub.input(Input::Deleted(key("default/pod/old"), Value::Null));
-    hub.input(Input::Fetched(key("null/node/cloud1"), Some(node("cloud1", 1, false))));
+    hub.input(Input::Fetched(key("null/node/cloud1"), Some(node("cloud1", 1, false)), None));
     let pods = vec![pod("web", "cloud1", 2, &[]), pod("old", "cloud1", 1, &[])];
-    hub.input(Input::Relisted("cloud1".into(), pods));
+    hub.input(Input::Relisted("cloud1".into(), pods, None));
     hub.check(&["cloud1: update null/node/cloud1 1", "cloud1: update default/pod/web 2"]);
 }
 
@@ -384,4 +463,677 @@ fn objects_without_identity_are_ignored() {
         json!({"metadata": {"name": "x", "namespace": "n"}, "spec": {"nodeName": "edge1"}}),
     );
     hub.check(&[]);
+}
+
+fn model(name: &str, version: u64) -> Value {
+    json!({"metadata": {"name": name, "namespace": "default", "uid": format!("uid-{name}"),
+        "resourceVersion": version.to_string()}, "spec": {"v": version}})
+}
+
+fn device(name: &str, node: &str, model: &str, version: u64) -> Value {
+    json!({"metadata": {"name": name, "namespace": "default", "uid": format!("uid-{name}"),
+        "resourceVersion": version.to_string(), "labels": {"description": "boiler"}},
+        "spec": {"nodeName": node, "deviceModelRef": {"name": model}, "v": version}})
+}
+
+#[test]
+fn device_waits_for_its_model_and_the_model_leaves_after_it() {
+    let mut hub = Hub::listed();
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[]);
+    hub.check(&["edge1: response skerry/digest"]);
+    hub.change(Kind::Device, device("d", "edge1", "m", 2));
+    hub.check(&[]);
+    hub.change(Kind::DeviceModel, model("m", 3));
+    hub.change(Kind::DeviceModel, model("unused", 4));
+    hub.check(&["edge1: insert default/devicemodel/m 3", "edge1: insert default/device/d 2"]);
+    hub.change(Kind::DeviceModel, model("m", 5));
+    hub.check(&["edge1: update default/devicemodel/m 5"]);
+    let mut freed = device("d", "edge1", "m", 6);
+    freed["spec"]["nodeName"] = json!("");
+    hub.change(Kind::Device, freed);
+    hub.check(&["edge1: delete default/device/d 2", "edge1: delete default/devicemodel/m"]);
+}
+
+#[test]
+fn model_stays_while_the_end_of_its_device_is_under_way() {
+    let mut hub = Hub::listed();
+    let session = hub.connect("edge1", true);
+    hub.digest("edge1", &[]);
+    hub.change(Kind::DeviceModel, model("m", 3));
+    hub.change(Kind::Device, device("d", "edge1", "m", 2));
+    hub.outputs();
+    hub.is_prompt = false;
+    hub.input(Input::Deleted(key("default/device/d"), Value::Null));
+    let mut deleted = hub.messages();
+    assert_eq!(deleted.len(), 1, "{deleted:?}");
+    assert_eq!(deleted[0].route.source, "devicecontroller");
+    hub.ack("edge1", session, deleted.remove(0));
+    hub.check(&["edge1: delete default/devicemodel/m"]);
+}
+
+#[test]
+fn stock_device_twin_is_told_who_joins_and_leaves_and_everything_after_a_reconnect() {
+    let mut hub = Hub::listed();
+    hub.connect("edge1", false);
+    hub.change(Kind::DeviceModel, model("m", 3));
+    hub.change(Kind::Device, device("d", "edge1", "m", 2));
+    hub.is_prompt = false;
+    let messages = hub.messages();
+    let resources: Vec<_> = messages.iter().map(|message| &*message.route.resource).collect();
+    assert_eq!(resources, ["membership", "default/devicemodel/m", "default/device/d"]);
+    assert_eq!(
+        (&*messages[0].route.group, &*messages[0].route.source),
+        ("twin", "devicecontroller")
+    );
+    let body: Value = messages[0].content_as().expect("an object");
+    let id = &body["added_devices"][0];
+    assert_eq!((&id["id"], &id["description"]), (&json!("default/d"), &json!("boiler")));
+    assert_eq!(body["removed_devices"], Value::Null);
+    assert!(!ack_required(&messages[0]));
+
+    hub.connect("edge1", false);
+    let messages = hub.messages();
+    assert_eq!(messages[0].route.resource, "membership/detail");
+    assert!(!ack_required(&messages[0]));
+    let body: Value = messages[0].content_as().expect("an object");
+    assert_eq!(body["devices"][0]["id"], "default/d");
+    assert_eq!(messages[2].route.operation, "update", "{:?}", messages[2]);
+    for message in messages.into_iter().skip(1) {
+        hub.ack("edge1", 2, message);
+    }
+    hub.input(Input::Deleted(key("default/device/d"), Value::Null));
+    let messages = hub.messages();
+    let body: Value = messages[0].content_as().expect("an object");
+    assert_eq!(body["removed_devices"][0]["id"], "default/d");
+    let last: Value = messages[1].content_as().expect("the device");
+    assert_eq!(last["spec"]["nodeName"], "edge1", "a mapper needs the whole object");
+}
+
+#[test]
+fn access_goes_to_the_nodes_of_its_account_and_names_no_node() {
+    let mut hub = Hub::listed();
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[]);
+    hub.outputs();
+    let mut with_account = pod("web", "edge1", 2, &[]);
+    with_account["spec"]["serviceAccountName"] = json!("app");
+    hub.change(Kind::Pod, with_account);
+    hub.check(&["edge1: insert default/pod/web 2"]);
+    let mut access = model("app", 3);
+    access["status"] = json!({"nodeList": ["edge1", "edge2"]});
+    hub.is_prompt = false;
+    hub.change(Kind::ServiceAccountAccess, access);
+    let message = hub.messages().pop().expect("the access");
+    assert_eq!(message.route.source, "policycontroller");
+    let body: Value = message.content_as().expect("an object");
+    assert_eq!(body["status"]["nodeList"], json!([]));
+    assert_eq!(body["apiVersion"], "policy.kubeedge.io/v1alpha1");
+}
+
+#[test]
+fn kind_that_the_cluster_lacks_is_not_judged_until_it_is_there() {
+    let mut hub = Hub::unlisted();
+    hub.input(Input::Sync(Word::Unavailable));
+    for kind in Kind::ALL {
+        let is_device = kind == Kind::Device;
+        hub.input(if is_device {
+            Input::Unavailable(kind)
+        } else {
+            Input::Listed(kind, BTreeSet::new())
+        });
+    }
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[("default/device/d", "uid-d", "2"), ("default/pod/p", "uid-p", "2")]);
+    hub.check(&["relist edge1"]);
+    hub.input(Input::Relisted("edge1".into(), Vec::new(), Some(3)));
+    hub.check(&["edge1: delete default/pod/p", "edge1: response skerry/digest"]);
+    hub.input(Input::Listed(Kind::Device, BTreeSet::new()));
+    hub.check(&["edge1: delete default/device/d"]);
+}
+
+#[test]
+fn node_that_does_not_answer_costs_keys_and_gets_only_the_newest_versions() {
+    let mut hub = Hub::listed();
+    let session = hub.connect("edge1", true);
+    hub.digest("edge1", &[]);
+    hub.outputs();
+    hub.is_prompt = false;
+    for version in 1..=3 {
+        for number in 0..2 * OUTSTANDING_MAX {
+            let name = format!("pod{number:04}");
+            hub.change(Kind::Pod, {
+                let mut pod = pod(&name, "edge1", 10 + version, &[]);
+                pod["spec"]["hostname"] = json!(version.to_string());
+                pod
+            });
+        }
+    }
+    let mut unacked = hub.messages();
+    assert_eq!(unacked.len(), OUTSTANDING_MAX);
+    let backlog = hub.downstream.backlog("edge1").expect("connected");
+    assert_eq!((backlog.outstanding, backlog.waiting), (OUTSTANDING_MAX, OUTSTANDING_MAX));
+    let mut sent: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    while !unacked.is_empty() {
+        for message in std::mem::take(&mut unacked) {
+            let version = message.header.resourceversion.clone();
+            sent.entry(message.route.resource.clone()).or_default().push(version);
+            hub.ack("edge1", session, message);
+        }
+        let backlog = hub.downstream.backlog("edge1").expect("connected");
+        assert!(backlog.outstanding <= OUTSTANDING_MAX);
+        unacked = hub.messages();
+    }
+    assert_eq!(sent.len(), 2 * OUTSTANDING_MAX);
+    assert!(sent.values().all(|versions| *versions == ["13"]), "{sent:?}");
+    assert_eq!(hub.downstream.backlog("edge1"), Some(Backlog::default()));
+}
+
+#[test]
+fn bytes_outstanding_are_bounded_and_a_larger_object_still_goes() {
+    let mut hub = Hub::listed();
+    let session = hub.connect("edge1", true);
+    hub.digest("edge1", &[]);
+    hub.outputs();
+    hub.is_prompt = false;
+    for number in 0..4 {
+        let mut pod = pod(&format!("pod{number}"), "edge1", 10, &[]);
+        pod["metadata"]["annotations"] = json!({"fill": "x".repeat(OUTSTANDING_LEN_MAX * 3 / 4)});
+        hub.change(Kind::Pod, pod);
+    }
+    let first = hub.messages();
+    assert_eq!(first.len(), 2, "the second one goes over the bound");
+    for message in first {
+        hub.ack("edge1", session, message);
+    }
+    assert_eq!(hub.messages().len(), 2);
+}
+
+#[test]
+fn object_with_a_message_under_way_waits_and_goes_once_in_its_newest_version() {
+    let mut hub = Hub::listed();
+    let session = hub.connect("edge1", true);
+    hub.digest("edge1", &[]);
+    hub.outputs();
+    hub.is_prompt = false;
+    let labelled = |version: u64| {
+        let mut pod = pod("web", "edge1", version, &[]);
+        pod["metadata"]["labels"] = json!({"v": version.to_string()});
+        pod
+    };
+    hub.change(Kind::Pod, labelled(2));
+    let mut first = hub.messages();
+    hub.change(Kind::Pod, labelled(3));
+    hub.change(Kind::Pod, labelled(4));
+    assert!(hub.messages().is_empty());
+    let first = first.remove(0);
+    // The node does not take this version, so the next one gets its chance; a late answer changes nothing.
+    let message = Arc::new(first.clone());
+    let node = "edge1".to_owned();
+    hub.input(Input::Unanswered { node, session, message, dropped: false });
+    let second = hub.messages();
+    assert_eq!(second[0].header.resourceversion, "4");
+    hub.ack("edge1", session, first);
+    assert_eq!(hub.downstream.backlog("edge1").expect("connected").outstanding, 1);
+}
+
+#[test]
+fn change_to_a_config_of_all_nodes_shares_one_body() {
+    let mut hub = Hub::listed();
+    for number in 0..100 {
+        let node = format!("edge{number}");
+        hub.connect(&node, true);
+        hub.digest(&node, &[]);
+        hub.change(Kind::Pod, pod(&format!("pod{number}"), &node, 2, &["page"]));
+    }
+    hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 1)), None));
+    hub.outputs();
+    hub.is_prompt = false;
+    hub.change(Kind::ConfigMap, config("page", 3));
+    let messages = hub.messages();
+    assert_eq!(messages.len(), 100);
+    let body = messages[0].content.get().as_ptr();
+    assert!(messages.iter().all(|message| std::ptr::eq(message.content.get().as_ptr(), body)));
+}
+
+#[test]
+fn node_goes_without_its_images() {
+    let mut hub = Hub::listed();
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[]);
+    hub.outputs();
+    hub.is_prompt = false;
+    let mut node = node("edge1", 2, true);
+    node["status"] = json!({"images": [{"names": ["x"]}], "phase": "kept"});
+    hub.change(Kind::Node, node);
+    let body: Value = hub.messages()[0].content_as().expect("a node");
+    assert_eq!(body["status"], json!({"phase": "kept"}));
+}
+
+#[test]
+fn answer_to_a_digest_waits_for_all_that_differed_and_for_nothing_that_came_later() {
+    let mut hub = Hub::listed();
+    let session = hub.connect("edge1", true);
+    hub.change(Kind::Pod, pod("a", "edge1", 2, &[]));
+    hub.is_prompt = false;
+    hub.digest("edge1", &[("default/pod/gone", "g", "1")]);
+    let first = hub.messages();
+    assert_eq!(first.len(), 2);
+    hub.change(Kind::Pod, pod("later", "edge1", 3, &[]));
+    assert_eq!(hub.messages().len(), 1);
+    let mut first = first.into_iter();
+    hub.ack("edge1", session, first.next().expect("two"));
+    hub.check(&[]);
+    hub.ack("edge1", session, first.next().expect("two"));
+    hub.check(&["edge1: response skerry/digest"]);
+}
+
+// Records of KubeEdge's edges
+
+#[test]
+fn object_goes_to_a_stock_node_when_its_record_is_there_and_the_record_follows() {
+    let mut hub = Hub::recorded(&[]);
+    hub.connect("edge1", false);
+    hub.check(&[
+        "create edge1.uid-edge1 0",
+        "edge1: update null/node/edge1 1",
+        "status edge1.uid-edge1 1",
+    ]);
+    hub.change(Kind::Pod, pod("web", "edge1", 2, &[]));
+    hub.check(&[
+        "create edge1.uid-web 0",
+        "edge1: insert default/pod/web 2",
+        "status edge1.uid-web 2",
+    ]);
+    hub.input(Input::Deleted(key("default/pod/web"), Value::Null));
+    hub.check(&["edge1: delete default/pod/web 2", "remove edge1.uid-web"]);
+}
+
+#[test]
+fn own_node_has_no_records_and_those_of_an_earlier_life_go() {
+    let mut hub = Hub::recorded(&[("edge1.uid-web", Kind::Pod, "web", "2")]);
+    hub.change(Kind::Pod, pod("web", "edge1", 2, &[]));
+    hub.connect("edge1", true);
+    hub.check(&["remove edge1.uid-web"]);
+    hub.digest("edge1", &[]);
+    hub.check(&[
+        "edge1: update null/node/edge1 1",
+        "edge1: insert default/pod/web 2",
+        "edge1: response skerry/digest",
+    ]);
+}
+
+#[test]
+fn after_a_restart_a_stock_node_gets_what_is_newer_or_gone_and_nothing_else() {
+    let mut hub = Hub::recorded(&[
+        ("edge1.uid-edge1", Kind::Node, "edge1", "1"),
+        ("edge1.uid-same", Kind::Pod, "same", "7"),
+        ("edge1.uid-newer", Kind::Pod, "newer", "7"),
+        ("edge1.uid-never", Kind::Pod, "never", "0"),
+        ("edge1.uid-gone", Kind::Pod, "gone", "7"),
+        ("edge1.uid-former", Kind::Pod, "again", "7"),
+        ("edge1.uid-page", Kind::ConfigMap, "page", "7"),
+    ]);
+    for (name, version) in [("same", 7), ("newer", 9), ("never", 6), ("again", 8), ("new", 8)] {
+        hub.change(Kind::Pod, pod(name, "edge1", version, &[]));
+    }
+    hub.connect("edge1", false);
+    hub.check(&[
+        "edge1: update null/node/edge1 1",
+        "edge1: delete default/pod/again",
+        "edge1: delete default/pod/gone",
+        "edge1: update default/pod/never 6",
+        "edge1: update default/pod/newer 9",
+        "edge1: delete default/configmap/page",
+        "create edge1.uid-new 0",
+        "edge1: update default/pod/new 8",
+        "remove edge1.uid-former",
+        "remove edge1.uid-gone",
+        "status edge1.uid-never 6",
+        "status edge1.uid-newer 9",
+        "create edge1.uid-again 0",
+        "edge1: insert default/pod/again 8",
+        "remove edge1.uid-page",
+        "status edge1.uid-new 8",
+        "status edge1.uid-again 8",
+    ]);
+}
+
+#[test]
+fn records_of_a_node_that_is_gone_are_removed() {
+    let mut hub = Hub::recorded(&[("edge9.uid-web", Kind::Pod, "web", "7")]);
+    hub.check(&["remove edge9.uid-web"]);
+    hub.connect("edge1", false);
+    hub.outputs();
+    hub.input(Input::Deleted(key("null/node/edge1"), Value::Null));
+    hub.check(&["edge1: close 1", "remove edge1.uid-edge1"]);
+}
+
+#[test]
+fn record_that_the_api_refuses_does_not_hold_the_object_back() {
+    let mut hub = Hub::recorded(&[]);
+    hub.connect("edge1", false);
+    hub.outputs();
+    hub.is_prompt = false;
+    hub.change(Kind::Pod, pod("web", "edge1", 2, &[]));
+    hub.check(&["create edge1.uid-web 0"]);
+    let id = SyncId { namespace: Some("default".into()), uid: "uid-web".into() };
+    let outcome = Outcome::Refused;
+    hub.input(Input::Sync(Word::Written { node: "edge1".into(), id, outcome }));
+    hub.check(&["edge1: insert default/pod/web 2"]);
+}
+
+#[test]
+fn nothing_waits_for_records_when_the_cluster_loses_their_kinds() {
+    let mut hub = Hub::recorded(&[]);
+    hub.connect("edge1", false);
+    hub.outputs();
+    hub.is_prompt = false;
+    hub.change(Kind::Pod, pod("web", "edge1", 2, &[]));
+    hub.check(&["create edge1.uid-web 0"]);
+    hub.input(Input::Sync(Word::Unavailable));
+    hub.check(&["edge1: insert default/pod/web 2"]);
+}
+
+// Watched objects
+
+fn service(name: &str, uid: &str, version: u64) -> Value {
+    json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default",
+        "uid": uid, "resourceVersion": version.to_string(), "managedFields": []}})
+}
+
+#[test]
+fn watched_object_goes_last_and_is_recorded_as_what_it_is() {
+    let mut hub = Hub::recorded(&[]);
+    hub.connect("edge1", false);
+    hub.outputs();
+    hub.push("edge1", "default/service/web", service("web", "u", 5), Operation::Insert);
+    hub.push("edge2", "default/service/web", service("web", "u", 5), Operation::Insert);
+    hub.check(&["edge1: insert default/service/web 5", "create edge1.u 5"]);
+    hub.push("edge1", "default/service/web", service("web", "u", 5), Operation::Insert);
+    hub.check(&[]);
+    hub.push("edge1", "default/service/web", service("web", "u", 6), Operation::Delete);
+    hub.check(&["edge1: delete default/service/web 6", "remove edge1.u"]);
+}
+
+#[test]
+fn watched_object_that_the_node_gets_anyway_is_not_sent_twice() {
+    let mut hub = Hub::listed();
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[]);
+    hub.change(Kind::Pod, pod("web", "edge1", 2, &[]));
+    hub.outputs();
+    let mut pushed = pod("web", "edge1", 2, &[]);
+    pushed["apiVersion"] = json!("v1");
+    pushed["kind"] = json!("Pod");
+    hub.push("edge1", "default/pod/web", pushed.clone(), Operation::Insert);
+    hub.check(&[]);
+    pushed["metadata"]["name"] = json!("other");
+    hub.push("edge1", "default/pod/other", pushed, Operation::Insert);
+    hub.check(&["edge1: insert default/pod/other 2"]);
+}
+
+#[test]
+fn watched_objects_of_a_node_that_does_not_answer_are_bounded() {
+    let mut hub = Hub::listed();
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[]);
+    hub.outputs();
+    hub.is_prompt = false;
+    for number in 0..=OUTSTANDING_MAX + PUSHED_MAX {
+        let name = format!("s{number}");
+        let path = format!("default/service/{name}");
+        hub.push("edge1", &path, service(&name, &name, 5), Operation::Insert);
+        assert!(
+            hub.outputs()
+                .iter()
+                .all(|line| number == OUTSTANDING_MAX + PUSHED_MAX || !line.contains("close"))
+        );
+    }
+    assert_eq!(hub.downstream.session("edge1"), None, "it was cut");
+}
+
+#[test]
+fn watched_changes_that_wait_are_one() {
+    let mut hub = Hub::listed();
+    let session = hub.connect("edge1", true);
+    hub.digest("edge1", &[]);
+    hub.outputs();
+    hub.is_prompt = false;
+    hub.push("edge1", "default/service/a", service("a", "u", 5), Operation::Insert);
+    let first = hub.messages().pop().expect("a message");
+    hub.push("edge1", "default/service/a", service("a", "u", 6), Operation::Update);
+    hub.push("edge1", "default/service/a", service("a", "u", 7), Operation::Update);
+    assert!(hub.messages().is_empty());
+    hub.ack("edge1", session, first);
+    hub.check(&["edge1: update default/service/a 7"]);
+}
+
+// Many of everything, in any order
+
+/// A small generator, so that a seed gives the same run everywhere.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        let mut hasher = DefaultHasher::new();
+        hasher.write_u64(self.0);
+        self.0 = hasher.finish();
+        usize::try_from(self.0 % bound as u64).expect("below the bound")
+    }
+}
+
+#[test]
+fn acks_in_any_order_keep_the_order_per_object_and_the_bounds() {
+    for seed in 0..8 {
+        let mut random = Random(seed);
+        let mut hub = Hub::listed();
+        hub.is_prompt = false;
+        let session = hub.connect("edge1", seed % 2 == 0);
+        if seed % 2 == 0 {
+            hub.digest("edge1", &[]);
+        }
+        let mut unacked: Vec<Message> = Vec::new();
+        let mut last: BTreeMap<String, u64> = BTreeMap::new();
+        let mut held: BTreeMap<String, u64> = BTreeMap::new();
+        let mut api: BTreeMap<String, u64> = BTreeMap::new();
+        for version in 1..1500_u64 {
+            let name = format!("p{}", random.below(700));
+            let path = format!("default/pod/{name}");
+            if random.below(5) == 0 && api.remove(&path).is_some() {
+                hub.input(Input::Deleted(key(&path), Value::Null));
+            } else {
+                let mut pod = pod(&name, "edge1", version, &[]);
+                pod["metadata"]["labels"] = json!({"v": version.to_string()});
+                hub.change(Kind::Pod, pod);
+                api.insert(path, version);
+            }
+            unacked.extend(hub.messages().into_iter().filter(ack_required));
+            assert!(unacked.len() <= OUTSTANDING_MAX, "seed {seed}");
+            let resources: BTreeSet<_> = unacked.iter().map(|of| &of.route.resource).collect();
+            assert_eq!(resources.len(), unacked.len(), "seed {seed}: one per object");
+            for _ in 0..random.below(3) {
+                if !unacked.is_empty() {
+                    let message = unacked.swap_remove(random.below(unacked.len()));
+                    deliver(&message, &mut held, &mut last);
+                    hub.ack("edge1", session, message);
+                }
+            }
+        }
+        loop {
+            unacked.extend(hub.messages().into_iter().filter(ack_required));
+            if unacked.is_empty() {
+                break;
+            }
+            let message = unacked.swap_remove(random.below(unacked.len()));
+            deliver(&message, &mut held, &mut last);
+            hub.ack("edge1", session, message);
+        }
+        assert_eq!(held, api, "seed {seed}");
+    }
+}
+
+fn deliver(message: &Message, held: &mut BTreeMap<String, u64>, last: &mut BTreeMap<String, u64>) {
+    let path = message.route.resource.clone();
+    if message.route.operation == "delete" {
+        held.remove(&path);
+        return;
+    }
+    let version = message.header.resourceversion.parse().expect("a number");
+    assert!(last.insert(path.clone(), version).is_none_or(|last| last < version), "{path}");
+    held.insert(path, version);
+}
+
+// A hub that lags behind another one, which the node has left
+
+#[test]
+fn what_a_node_holds_in_a_newer_version_is_read_before_anything_is_sent() {
+    let mut hub = Hub::listed();
+    hub.change(Kind::Pod, pod("web", "edge1", 5, &[]));
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[("default/pod/web", "uid-web", "9")]);
+    hub.check(&["relist edge1"]);
+    hub.input(Input::Relisted("edge1".into(), vec![pod("web", "edge1", 9, &[])], Some(12)));
+    hub.check(&["edge1: response skerry/digest"]);
+    // The watch goes on where it was.
+    hub.change(Kind::Pod, pod("web", "edge1", 7, &[]));
+    hub.check(&[]);
+}
+
+#[test]
+fn pod_that_the_watch_has_not_got_to_is_not_deleted() {
+    let mut hub = Hub::listed();
+    hub.change(Kind::Pod, pod("other", "edge2", 5, &[]));
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[("default/pod/web", "uid-web", "9")]);
+    hub.check(&["relist edge1"]);
+    hub.input(Input::Relisted("edge1".into(), vec![pod("web", "edge1", 9, &[])], Some(12)));
+    hub.check(&["edge1: response skerry/digest"]);
+    // A list that is older than the read leaves it where it is, and another read decides.
+    hub.input(Input::Listed(Kind::Pod, BTreeSet::from([key("default/pod/other")])));
+    hub.check(&["relist edge1"]);
+    hub.input(Input::Relisted("edge1".into(), Vec::new(), Some(15)));
+    hub.check(&["edge1: delete default/pod/web 9"]);
+}
+
+#[test]
+fn pod_that_a_read_did_not_find_does_not_come_back_with_a_late_word_of_the_watch() {
+    let mut hub = Hub::listed();
+    hub.change(Kind::Pod, pod("web", "edge1", 5, &[]));
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[("default/pod/web", "uid-web", "9")]);
+    hub.check(&["relist edge1"]);
+    hub.input(Input::Relisted("edge1".into(), Vec::new(), Some(12)));
+    hub.check(&["edge1: delete default/pod/web", "edge1: response skerry/digest"]);
+    hub.change(Kind::Pod, pod("web", "edge1", 9, &[]));
+    hub.input(Input::Deleted(key("default/pod/web"), pod("web", "edge1", 10, &[])));
+    hub.check(&[]);
+    hub.change(Kind::Pod, pod("new", "edge1", 13, &[]));
+    hub.check(&["edge1: insert default/pod/new 13"]);
+}
+
+#[test]
+fn delete_tells_the_version_at_which_a_pod_was_gone_for_sure() {
+    let mut hub = Hub::listed();
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[("default/pod/web", "uid-web", "9")]);
+    hub.outputs();
+    hub.input(Input::Relisted("edge1".into(), Vec::new(), Some(12)));
+    let delete = hub.messages().swap_remove(0);
+    let stub: Value = delete.content_as().expect("an object");
+    assert_eq!(stub["metadata"]["resourceVersion"], "12");
+}
+
+#[test]
+fn a_cluster_that_was_set_back_is_believed_after_a_read() {
+    let mut hub = Hub::listed();
+    hub.change(Kind::Pod, pod("web", "edge1", 5, &["page"]));
+    hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 4)), Some(5)));
+    hub.outputs();
+    hub.connect("edge1", true);
+    hub.digest(
+        "edge1",
+        &[("default/pod/web", "uid-web", "90"), ("default/configmap/page", "uid-page", "80")],
+    );
+    hub.check(&["relist edge1", "fetch default/configmap/page"]);
+    hub.input(Input::Relisted("edge1".into(), vec![pod("web", "edge1", 5, &["page"])], Some(6)));
+    hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 4)), Some(6)));
+    hub.check(&[
+        "edge1: update default/configmap/page 4",
+        "edge1: update default/pod/web 5",
+        "edge1: response skerry/digest",
+    ]);
+}
+
+#[test]
+fn only_the_last_of_two_reads_of_an_object_counts() {
+    let page = || key("default/configmap/page");
+    let mut hub = Hub::listed();
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[]);
+    hub.change(Kind::Pod, pod("a", "edge1", 1, &["page"]));
+    hub.outputs();
+    // The pod goes and another one comes, which needs the object too; then the answers come.
+    hub.input(Input::Deleted(key("default/pod/a"), pod("a", "edge1", 2, &["page"])));
+    hub.change(Kind::Pod, pod("b", "edge1", 3, &["page"]));
+    hub.check(&[
+        "fetch default/configmap/page",
+        "edge1: delete default/pod/a 2",
+        "edge1: insert default/pod/b 3",
+    ]);
+    hub.input(Input::Fetched(page(), Some(config("page", 1)), Some(1)));
+    hub.check(&[]);
+    hub.input(Input::Fetched(page(), Some(config("page", 3)), Some(3)));
+    hub.check(&["edge1: insert default/configmap/page 3"]);
+}
+
+#[test]
+fn late_word_of_an_object_that_a_read_did_not_find_changes_nothing() {
+    let page = || key("default/configmap/page");
+    let mut hub = Hub::listed();
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[]);
+    hub.change(Kind::Pod, pod("a", "edge1", 1, &["page"]));
+    hub.outputs();
+    hub.input(Input::Fetched(page(), None, Some(8)));
+    hub.change(Kind::ConfigMap, config("page", 5));
+    hub.input(Input::Deleted(page(), config("page", 6)));
+    hub.check(&[]);
+    hub.change(Kind::ConfigMap, config("page", 9));
+    hub.check(&["edge1: insert default/configmap/page 9"]);
+}
+
+#[test]
+fn record_that_another_hub_wrote_late_still_leads_to_the_delete() {
+    let mut hub = Hub::recorded(&[]);
+    hub.connect("edge1", false);
+    hub.outputs();
+    hub.input(Input::Sync(Word::Seen {
+        name: "edge1.uid-web".into(),
+        namespace: Some("default".into()),
+        spec: SyncSpec { api_version: "v1".into(), kind: "Pod".into(), name: "web".into() },
+        version: Some("7".into()),
+    }));
+    hub.check(&["relist edge1"]);
+    hub.input(Input::Relisted("edge1".into(), Vec::new(), Some(8)));
+    let outputs = hub.outputs();
+    assert!(outputs.contains(&"edge1: delete default/pod/web".to_owned()), "{outputs:?}");
+}
+
+#[test]
+fn record_that_another_hub_removed_stays_removed_after_the_node_has_left() {
+    let mut hub = Hub::recorded(&[]);
+    let session = hub.connect("edge1", false);
+    hub.change(Kind::Pod, pod("web", "edge1", 2, &[]));
+    hub.outputs();
+    hub.input(Input::Disconnected { node: "edge1".into(), session });
+    hub.input(Input::Sync(Word::Gone {
+        name: "edge1.uid-web".into(),
+        namespace: Some("default".into()),
+    }));
+    hub.check(&[]);
+    // Nor does the node still have the object for sure.
+    hub.connect("edge1", false);
+    let outputs = hub.outputs();
+    assert!(outputs.contains(&"edge1: update default/pod/web 2".to_owned()), "{outputs:?}");
 }

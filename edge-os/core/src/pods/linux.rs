@@ -228,13 +228,31 @@ pub fn check_non_root(
     }
 }
 
-/// Returns the cgroup of the pod below `root`, as a path of the cgroupfs driver.
+/// Returns the cgroup of the pod below `root`; see [`cgroup_path`].
 pub fn cgroup_parent(root: &str, spec: &PodSpec, uid: &str) -> String {
+    let pod = format!("pod{uid}");
     match qos_class(spec) {
-        "Guaranteed" => format!("{root}/pod{uid}"),
-        "BestEffort" => format!("{root}/besteffort/pod{uid}"),
-        _ => format!("{root}/burstable/pod{uid}"),
+        "Guaranteed" => cgroup_path(root, &[&pod]),
+        "BestEffort" => cgroup_path(root, &["besteffort", &pod]),
+        _ => cgroup_path(root, &["burstable", &pod]),
     }
+}
+
+/// Returns the cgroup `parts` below `root`, named as kubelet names it. A root that ends in `.slice` is systemd's, where
+/// each slice repeats the name of the one above; any other is a path of the cgroupfs driver.
+///
+/// Source: kubernetes/kubernetes pkg/kubelet/cm/cgroup_manager_linux.go (`ToSystemd`).
+pub fn cgroup_path(root: &str, parts: &[&str]) -> String {
+    let Some(slice) = root.strip_suffix(".slice") else {
+        return parts.iter().fold(root.to_owned(), |path, part| format!("{path}/{part}"));
+    };
+    let mut name = slice.rsplit('/').next().unwrap_or_default().to_owned();
+    let mut path = root.to_owned();
+    for part in parts {
+        name = format!("{name}-{}", part.replace('-', "_"));
+        path = format!("{path}/{name}.slice");
+    }
+    path
 }
 
 /// Whether any container of the pod is privileged.
@@ -300,6 +318,21 @@ mod tests {
 
     fn with(resources: Value) -> PodSpec {
         spec(json!({"containers": [{"name": "a", "resources": resources}]}))
+    }
+
+    #[test]
+    fn cgroups_are_named_as_kubelet_names_them_for_either_driver() {
+        let best_effort = with(json!({}));
+        assert_eq!(cgroup_parent("/kubepods", &best_effort, "a-b"), "/kubepods/besteffort/poda-b");
+        assert_eq!(
+            cgroup_parent("/kubepods.slice", &best_effort, "a-b"),
+            "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-poda_b.slice"
+        );
+        let guaranteed = with(json!({"limits": {"cpu": "1", "memory": "1Gi"}}));
+        assert_eq!(
+            cgroup_parent("/a.slice/a-kubepods.slice", &guaranteed, "c"),
+            "/a.slice/a-kubepods.slice/a-kubepods-podc.slice"
+        );
     }
 
     #[test]

@@ -12,6 +12,7 @@ pub mod backoff;
 pub mod dns;
 pub mod env;
 pub mod image;
+pub mod kubelet;
 pub mod linux;
 pub mod plan;
 pub mod probe;
@@ -27,8 +28,7 @@ use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
 /// Annotation that holds [`definition_hash`] of the container it is on.
 ///
-/// Not kubelet's own annotation: its hash is taken over a dump of Go structures, which nobody else
-/// can reproduce, and a wrong value would make kubelet restart the container.
+/// Beside kubelet's own ([`kubelet::ANNOTATION_HASH`]), whose formula changed between its versions.
 pub const HASH_ANNOTATION: &str = "skerry.dev/container-hash";
 
 /// When a pod's containers are started again.

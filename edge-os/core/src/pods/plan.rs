@@ -15,6 +15,7 @@ use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
 use super::backoff::Backoff;
 use super::image;
+use super::kubelet;
 use super::runtime::{Instance, PodRuntime, State};
 use super::{PodName, RestartPolicy, definition_hash, init_containers, is_sidecar, restart_policy};
 
@@ -29,6 +30,8 @@ pub struct Facts {
     pub restarts: Backoff,
     /// What probes found, by container id.
     pub probes: BTreeMap<String, Probed>,
+    /// [`definition_hash`] of instances that ran when the node was taken over from another agent, by container id.
+    pub taken_over: BTreeMap<String, String>,
 }
 
 /// What probes found about one instance of a container.
@@ -289,7 +292,7 @@ impl Planner<'_> {
             return Verdict::Started;
         };
         if newest.is_running() && newest.sandbox == sandbox {
-            if is_outdated(container, newest) {
+            if is_outdated(container, newest, self.facts) {
                 let message =
                     format!("Container {} definition changed, will be restarted", container.name);
                 self.kill(newest, message, None);
@@ -442,17 +445,21 @@ impl RestartPolicy {
 
 /// Whether the instance was made from another definition than the pod has now.
 ///
-/// Containers that this agent did not make carry no hash of ours; they are kept if their image is
-/// the one in the pod, as far as the runtime tells.
-fn is_outdated(container: &Container, one: &Instance) -> bool {
-    match (&one.hash, &one.user_image) {
-        (Some(hash), _) => *hash != definition_hash(container),
-        (None, Some(used)) => {
-            let wanted = container.image.as_deref().unwrap_or_default();
-            image::normalize(used).ok() != image::normalize(wanted).ok()
-        }
-        (None, None) => false,
+/// Containers that this agent did not make carry no hash of ours. They are kept if kubelet's hash fits, or if the
+/// definition is the one under which the node was taken over; else if their image is the one in the pod, as far as the
+/// runtime tells.
+fn is_outdated(container: &Container, one: &Instance, facts: &Facts) -> bool {
+    let wanted = definition_hash(container);
+    if let Some(hash) = one.hash.as_ref().or_else(|| facts.taken_over.get(&one.id)) {
+        return *hash != wanted;
     }
+    if one.kubelet_hash.as_deref() == Some(&kubelet::definition_hash(container)) {
+        return false;
+    }
+    one.user_image.as_ref().is_some_and(|used| {
+        let wanted = container.image.as_deref().unwrap_or_default();
+        image::normalize(used).ok() != image::normalize(wanted).ok()
+    })
 }
 
 /// Prints seconds as Go prints a duration: `10s`, `1m20s`, `5m0s`.
@@ -508,6 +515,7 @@ mod tests {
                 image: Some("i".to_owned()),
                 ..Default::default()
             })),
+            kubelet_hash: None,
             user_image: None,
         }
     }
@@ -563,6 +571,31 @@ mod tests {
             &Facts::default(),
             "",
         );
+    }
+
+    #[test]
+    fn container_of_kubelet_is_left_alone_while_its_definition_is_the_same() {
+        let kubelets = |image: &str, hash: &str| {
+            let mut one = instance("a", 3, State::Running);
+            one.hash = None;
+            one.kubelet_hash = Some(hash.to_owned());
+            one.user_image = Some(image.to_owned());
+            runtime(vec![one])
+        };
+        let wanted = Container { name: "a".into(), image: Some("i".into()), ..Default::default() };
+        let hash = kubelet::definition_hash(&wanted);
+        let facts = Facts::default();
+        // The runtime may know the image by another name.
+        check(spec("Always"), &kubelets("docker.io/other/name:1", &hash), &facts, "");
+        // Made by an older kubelet, whose hash says nothing.
+        check(spec("Always"), &kubelets("docker.io/library/i:latest", "beef"), &facts, "");
+        check(spec("Always"), &kubelets("other:1", "beef"), &facts, "kill a-3, start a-4");
+        // The same when it was there as the node was taken over, until the definition changes.
+        let mut facts = Facts::default();
+        facts.taken_over.insert("a-3".into(), definition_hash(&wanted));
+        check(spec("Always"), &kubelets("other:1", "beef"), &facts, "");
+        let changed = json!({"containers": [{"name": "a", "image": "j"}]});
+        check(changed, &kubelets("i", "beef"), &facts, "kill a-3, start a-4");
     }
 
     #[test]

@@ -56,6 +56,8 @@ pub struct Instance {
     pub image_id: String,
     /// [`super::definition_hash`] at creation; absent if something else made the container.
     pub hash: Option<String>,
+    /// [`super::kubelet::ANNOTATION_HASH`] at creation, whoever made the container.
+    pub kubelet_hash: Option<String>,
     /// Image as the pod had it, where the runtime tells.
     pub user_image: Option<String>,
 }

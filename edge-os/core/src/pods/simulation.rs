@@ -155,6 +155,7 @@ impl World {
             image: String::new(),
             image_id: String::new(),
             hash: Some(hash),
+            kubelet_hash: None,
             user_image: None,
         });
     }

@@ -606,6 +606,7 @@ mod tests {
             image: "docker.io/library/i:1".to_owned(),
             image_id: "sha256:1".to_owned(),
             hash: None,
+            kubelet_hash: None,
             user_image: None,
         }
     }

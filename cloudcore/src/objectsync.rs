@@ -1,0 +1,331 @@
+//! ObjectSync and ClusterObjectSync objects in the cluster: finds them, watches them, writes them.
+//!
+//! `cloudcore/core` decides what is written ([`skerry_cloudcore_core::objectsync`]); the hub's task is the caller of
+//! [`Writer::write`]. A cluster without the two definitions gets them, if CloudCore may create definitions. Where it may
+//! not, one line in the log says so, and nodes of KubeEdge get everything again after each reconnect. Nodes of ours need
+//! none of this.
+
+use crate::api;
+use crate::hub::Hub;
+use crate::watch::{LOOK_INTERVAL, is_over};
+use futures::StreamExt;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::{
+    Api, ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams,
+};
+use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, Event};
+use serde::de::DeserializeOwned;
+use serde_json::json;
+use skerry_api::reliablesyncs::v1alpha1::{
+    ClusterObjectSync, NEVER_ACKED, ObjectSync, ObjectSyncSpec, ObjectSyncStatus, crds,
+};
+use skerry_cloudcore_core::downstream::Input;
+use skerry_cloudcore_core::objectsync::{Action, Outcome, Scope, SyncSpec, Word, Write};
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Time until a definition that has just been created has to be served.
+const SERVED_TIMEOUT: Duration = Duration::from_secs(10);
+const SERVED_INTERVAL: Duration = Duration::from_millis(100);
+/// Pause after a look that the API did not answer.
+const RETRY_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Starts to tell the hub what the cluster has.
+pub(crate) fn spawn(
+    client: &kube::Client,
+    hub: &Hub,
+    tasks: &TaskTracker,
+    stop: &CancellationToken,
+) {
+    let watch = Watch { client: client.clone(), hub: hub.clone() };
+    let stop = stop.clone();
+    tasks.spawn(async move {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = watch.run() => {}
+        }
+    });
+}
+
+/// Either of the two kinds, as far as they differ.
+trait Record:
+    kube::Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static
+{
+    const SCOPE: Scope;
+    fn into_parts(self) -> (ObjectMeta, ObjectSyncSpec, Option<ObjectSyncStatus>);
+
+    /// `status.objectResourceVersion`, if it is written.
+    fn version(self) -> Option<String> {
+        let version = self.into_parts().2?.object_resource_version;
+        Some(version).filter(|version| !version.is_empty())
+    }
+}
+
+impl Record for ObjectSync {
+    const SCOPE: Scope = Scope::Namespaced;
+
+    fn into_parts(self) -> (ObjectMeta, ObjectSyncSpec, Option<ObjectSyncStatus>) {
+        (self.metadata, self.spec, self.status)
+    }
+}
+
+impl Record for ClusterObjectSync {
+    const SCOPE: Scope = Scope::Cluster;
+
+    fn into_parts(self) -> (ObjectMeta, ObjectSyncSpec, Option<ObjectSyncStatus>) {
+        (self.metadata, self.spec, self.status)
+    }
+}
+
+struct Watch {
+    client: kube::Client,
+    hub: Hub,
+}
+
+impl Watch {
+    async fn run(self) {
+        let mut is_told = false;
+        loop {
+            match self.look().await {
+                Ok(true) => {
+                    is_told = false;
+                    // Either returns when the cluster no longer has the kind.
+                    tokio::select! {
+                        () = self.watch::<ObjectSync>() => {}
+                        () = self.watch::<ClusterObjectSync>() => {}
+                    }
+                    self.hub.input(Input::Sync(Word::Unavailable)).await;
+                }
+                Ok(false) => {
+                    let installed = self.install().await;
+                    if installed.is_ok() {
+                        continue;
+                    }
+                    if let Err(error) = installed
+                        && !std::mem::replace(&mut is_told, true)
+                    {
+                        tracing::warn!(
+                            %error,
+                            "the cluster has no ObjectSync kinds and they cannot be created: nodes of KubeEdge get all \
+                             objects again after each reconnect, and keep what is deleted while cloudcore is down"
+                        );
+                        self.hub.input(Input::Sync(Word::Unavailable)).await;
+                    }
+                    tokio::time::sleep(LOOK_INTERVAL).await;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "could not look for the ObjectSync kinds, trying again");
+                    tokio::time::sleep(RETRY_INTERVAL).await;
+                }
+            }
+        }
+    }
+
+    /// Whether the cluster has both kinds.
+    async fn look(&self) -> kube::Result<bool> {
+        let one = ListParams::default().limit(1);
+        let namespaced = Api::<ObjectSync>::all(self.client.clone());
+        let cluster = Api::<ClusterObjectSync>::all(self.client.clone());
+        let looks = futures::join!(namespaced.list(&one), cluster.list(&one));
+        for look in [looks.0.map(drop), looks.1.map(drop)] {
+            match look {
+                Ok(()) => {}
+                Err(error) if api::is_kind_missing(&error) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Creates the two definitions and waits until they are served.
+    async fn install(&self) -> Result<(), InstallError> {
+        let resource = ApiResource {
+            group: "apiextensions.k8s.io".into(),
+            version: "v1".into(),
+            api_version: "apiextensions.k8s.io/v1".into(),
+            kind: "CustomResourceDefinition".into(),
+            plural: "customresourcedefinitions".into(),
+        };
+        let definitions: Api<DynamicObject> = Api::all_with(self.client.clone(), &resource);
+        for definition in crds() {
+            let definition: DynamicObject =
+                serde_json::from_value(definition).expect("our own definitions are objects");
+            match definitions.create(&PostParams::default(), &definition).await {
+                Ok(_) => {
+                    let name = definition.metadata.name;
+                    tracing::info!(name, "created a definition that the cluster lacked");
+                }
+                Err(error) if api::is_already_exists(&error) => {}
+                Err(error) => return Err(InstallError::Create(error)),
+            }
+        }
+        let served = async {
+            while !matches!(self.look().await, Ok(true)) {
+                tokio::time::sleep(SERVED_INTERVAL).await;
+            }
+        };
+        tokio::time::timeout(SERVED_TIMEOUT, served).await.map_err(|_| InstallError::NotServed)
+    }
+
+    async fn watch<K: Record>(&self) {
+        let objects = Api::<K>::all(self.client.clone());
+        let mut events =
+            std::pin::pin!(watcher::watcher(objects, watcher::Config::default()).default_backoff());
+        let mut names = BTreeSet::new();
+        while let Some(event) = events.next().await {
+            match event {
+                Ok(Event::Init) => names.clear(),
+                Ok(Event::InitApply(record)) => {
+                    if let Some(word) = seen(record) {
+                        if let Word::Seen { name, namespace, .. } = &word {
+                            names.insert((namespace.clone(), Arc::clone(name)));
+                        }
+                        self.hub.input(Input::Sync(word)).await;
+                    }
+                }
+                Ok(Event::InitDone) => {
+                    let word = Word::Listed(K::SCOPE, std::mem::take(&mut names));
+                    self.hub.input(Input::Sync(word)).await;
+                }
+                Ok(Event::Apply(record)) => {
+                    if let Some(word) = seen(record) {
+                        self.hub.input(Input::Sync(word)).await;
+                    }
+                }
+                Ok(Event::Delete(record)) => {
+                    if let Some(Word::Seen { name, namespace, .. }) = seen(record) {
+                        self.hub.input(Input::Sync(Word::Gone { name, namespace })).await;
+                    }
+                }
+                Err(error) if is_over(&error) => return,
+                Err(error) => {
+                    tracing::warn!(kind = %K::kind(&()), %error, "watch failed, trying again");
+                }
+            }
+        }
+    }
+}
+
+/// Why the definitions could not be created.
+#[derive(Debug, thiserror::Error)]
+enum InstallError {
+    #[error(transparent)]
+    Create(kube::Error),
+    #[error("the new definitions are not served after {} s", SERVED_TIMEOUT.as_secs())]
+    NotServed,
+}
+
+fn seen<K: Record>(record: K) -> Option<Word> {
+    let (metadata, spec, status) = record.into_parts();
+    let version = status.map(|status| status.object_resource_version);
+    let version = version.filter(|version| !version.is_empty());
+    Some(Word::Seen {
+        name: metadata.name?.into(),
+        namespace: metadata.namespace.map(Into::into),
+        spec: SyncSpec {
+            api_version: spec.object_api_version.into(),
+            kind: spec.object_kind.into(),
+            name: spec.object_name.into(),
+        },
+        version: version.map(Into::into),
+    })
+}
+
+/// Writes records.
+pub(crate) struct Writer {
+    client: kube::Client,
+    /// Whether the log says already that the API refuses some.
+    has_refused: AtomicBool,
+}
+
+impl Writer {
+    pub(crate) fn new(client: kube::Client) -> Self {
+        Self { client, has_refused: AtomicBool::new(false) }
+    }
+
+    /// Does `write`, in at most two requests.
+    pub(crate) async fn write(&self, write: &Write) -> Outcome {
+        let done = match &write.id.namespace {
+            Some(namespace) => {
+                let api = Api::<ObjectSync>::namespaced(self.client.clone(), namespace);
+                apply(&api, write, |metadata, spec| ObjectSync { metadata, spec, status: None })
+                    .await
+            }
+            None => {
+                let api = Api::<ClusterObjectSync>::all(self.client.clone());
+                let new = |metadata, spec| ClusterObjectSync { metadata, spec, status: None };
+                apply(&api, write, new).await
+            }
+        };
+        let error = match done {
+            Ok(outcome) => return outcome,
+            Err(error) => error,
+        };
+        let outcome = match &error {
+            kube::Error::Api(status) if (400..500).contains(&status.code) => match status.code {
+                // Too many requests, a timeout, a conflict: the next attempt may go through.
+                408 | 409 | 429 => Outcome::Failed,
+                401 => Outcome::Failed,
+                _ => Outcome::Refused,
+            },
+            _ => Outcome::Failed,
+        };
+        if outcome == Outcome::Refused && self.has_refused.swap(true, Ordering::Relaxed) {
+            // Once is enough: a namespace that goes away refuses every record in it.
+            tracing::debug!(name = write.name(), %error, "the API refuses a record of delivery");
+        } else {
+            tracing::warn!(name = write.name(), %error, ?outcome, "could not write a record of delivery");
+        }
+        outcome
+    }
+}
+
+async fn apply<K>(
+    api: &Api<K>,
+    write: &Write,
+    new: impl FnOnce(ObjectMeta, ObjectSyncSpec) -> K,
+) -> kube::Result<Outcome>
+where
+    K: Record + serde::Serialize,
+{
+    let name = write.name();
+    let version = match &write.action {
+        Action::Delete => {
+            return match api.delete(&name, &DeleteParams::default()).await {
+                Err(error) if !api::is_not_found(&error) => Err(error),
+                _ => Ok(Outcome::Done),
+            };
+        }
+        Action::Status(version) => version,
+        Action::Create(version) => {
+            let metadata = ObjectMeta { name: Some(name.clone()), ..ObjectMeta::default() };
+            let spec = ObjectSyncSpec {
+                object_api_version: write.spec.api_version.as_ref().to_owned(),
+                object_kind: write.spec.kind.as_ref().to_owned(),
+                object_name: write.spec.name.as_ref().to_owned(),
+            };
+            match api.create(&PostParams::default(), &new(metadata, spec)).await {
+                Err(error) if !api::is_already_exists(&error) => return Err(error),
+                // Another CloudCore was first; what it has written since says more than that nothing is known.
+                Err(_)
+                    if **version == *NEVER_ACKED && api.get(&name).await?.version().is_some() =>
+                {
+                    return Ok(Outcome::Done);
+                }
+                _ => version,
+            }
+        }
+    };
+    let status = json!({"status": {"objectResourceVersion": &**version}});
+    match api.patch_status(&name, &PatchParams::default(), &Patch::Merge(status)).await {
+        Ok(_) => Ok(Outcome::Done),
+        Err(error) if api::is_not_found(&error) => Ok(Outcome::Missing),
+        Err(error) => Err(error),
+    }
+}

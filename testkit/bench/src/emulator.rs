@@ -1,0 +1,178 @@
+//! A wide-area link between two network namespaces, in user space.
+//!
+//! Each namespace gets a TUN device; packets are carried from one to the other with a delay, lost at random (from a
+//! seed), and counted with their IP headers. The kernels of both ends see a real network card, so TCP and QUIC meet real
+//! loss, and a device that goes down is seen as a pulled cable. `sch_netem` would do the same where the kernel has it;
+//! this needs only `/dev/net/tun`.
+
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CloneFlags, setns};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+use tun_rs::{DeviceBuilder, SyncDevice};
+
+/// Name of the device in either namespace.
+const DEVICE: &str = "wan0";
+/// Bytes of one packet at most.
+const MTU: u16 = 1500;
+/// Packets on the way in one direction; more are lost, as in a full router.
+const PACKETS_MAX: usize = 20_000;
+
+/// Address of the hub's end.
+pub(crate) const HUB: &str = "10.89.0.1";
+/// Address of the node's end.
+pub(crate) const NODE: &str = "10.89.0.2";
+
+/// What the link does to packets, both ways.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Weather {
+    /// Time from one end to the other.
+    pub(crate) delay: Duration,
+    /// Share of packets that are lost, 0 to 1.
+    pub(crate) loss: f64,
+}
+
+/// The link; its threads end with the program.
+pub(crate) struct Emulator {
+    node_namespace: String,
+    ways: [Arc<Way>; 2],
+}
+
+#[derive(Default)]
+struct Way {
+    weather: Mutex<Weather>,
+    blocked: AtomicBool,
+    packets: AtomicU64,
+    bytes: AtomicU64,
+    queue: Mutex<VecDeque<(Instant, Vec<u8>)>>,
+    filled: Condvar,
+}
+
+impl Emulator {
+    /// Joins two named namespaces; the caller runs in the hub's.
+    pub(crate) fn start(hub_namespace: &str, node_namespace: &str, seed: u64) -> Result<Self> {
+        let hub = Arc::new(device(hub_namespace)?);
+        let node = Arc::new(device(node_namespace)?);
+        address(hub_namespace, HUB, NODE)?;
+        address(node_namespace, NODE, HUB)?;
+        let ways = [Arc::new(Way::default()), Arc::new(Way::default())];
+        carry(Arc::clone(&hub), Arc::clone(&node), &ways[0], seed);
+        carry(node, hub, &ways[1], seed.wrapping_add(1));
+        Ok(Self { node_namespace: node_namespace.into(), ways })
+    }
+
+    /// Sets delay and loss of both directions.
+    pub(crate) fn set(&self, weather: Weather) {
+        for way in &self.ways {
+            *way.weather.lock().expect("no holder panics") = weather;
+        }
+    }
+
+    /// Packets and bytes so far, both directions, IP headers included.
+    pub(crate) fn carried(&self) -> (u64, u64) {
+        let sum = |count: fn(&Way) -> &AtomicU64| {
+            self.ways.iter().map(|way| count(way).load(Ordering::Relaxed)).sum()
+        };
+        (sum(|way| &way.packets), sum(|way| &way.bytes))
+    }
+
+    /// Pulls the cable at the node's end: its device is down and nothing passes.
+    pub(crate) fn unplug(&self) -> Result<()> {
+        for way in &self.ways {
+            way.blocked.store(true, Ordering::Relaxed);
+            way.queue.lock().expect("no holder panics").clear();
+        }
+        ip(&["-n", &self.node_namespace, "link", "set", DEVICE, "down"])
+    }
+
+    /// Puts the cable back.
+    pub(crate) fn plug(&self) -> Result<()> {
+        for way in &self.ways {
+            way.blocked.store(false, Ordering::Relaxed);
+        }
+        ip(&["-n", &self.node_namespace, "link", "set", DEVICE, "up"])?;
+        // The routes go with a device that is down.
+        ip(&["-n", &self.node_namespace, "route", "replace", "default", "dev", DEVICE])
+    }
+}
+
+/// Runs `ip` with these arguments.
+pub(crate) fn ip(arguments: &[&str]) -> Result<()> {
+    let done = Command::new("ip").args(arguments).output().context("could not start `ip`")?;
+    ensure!(
+        done.status.success(),
+        "`ip {}` failed: {}",
+        arguments.join(" "),
+        String::from_utf8_lossy(&done.stderr).trim()
+    );
+    Ok(())
+}
+
+/// Makes the device inside the namespace, on a thread that enters it.
+fn device(namespace: &str) -> Result<SyncDevice> {
+    let path = format!("/run/netns/{namespace}");
+    let made = std::thread::spawn(move || -> Result<SyncDevice> {
+        let handle = File::open(&path).with_context(|| format!("no namespace `{path}`"))?;
+        setns(handle, CloneFlags::CLONE_NEWNET).context("could not enter the namespace")?;
+        Ok(DeviceBuilder::new().name(DEVICE).mtu(MTU).build_sync()?)
+    });
+    made.join().expect("the thread does not panic").context("could not make a TUN device")
+}
+
+fn address(namespace: &str, own: &str, peer: &str) -> Result<()> {
+    ip(&["-n", namespace, "addr", "add", own, "peer", peer, "dev", DEVICE])?;
+    ip(&["-n", namespace, "link", "set", DEVICE, "up"])?;
+    ip(&["-n", namespace, "link", "set", "lo", "up"])?;
+    ip(&["-n", namespace, "route", "replace", "default", "dev", DEVICE])
+}
+
+fn carry(from: Arc<SyncDevice>, to: Arc<SyncDevice>, way: &Arc<Way>, seed: u64) {
+    use rand::{Rng, SeedableRng, rngs::StdRng};
+    let reader = Arc::clone(way);
+    std::thread::spawn(move || {
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut buffer = vec![0; usize::from(MTU) + 64];
+        loop {
+            let Ok(len) = from.recv(&mut buffer) else {
+                // A device that is down gives errors until it is up again.
+                std::thread::sleep(Duration::from_millis(5));
+                continue;
+            };
+            reader.packets.fetch_add(1, Ordering::Relaxed);
+            reader.bytes.fetch_add(len as u64, Ordering::Relaxed);
+            let weather = *reader.weather.lock().expect("no holder panics");
+            if reader.blocked.load(Ordering::Relaxed) || random.random_bool(weather.loss) {
+                continue;
+            }
+            let mut queue = reader.queue.lock().expect("no holder panics");
+            if queue.len() < PACKETS_MAX {
+                queue.push_back((Instant::now() + weather.delay, buffer[..len].to_vec()));
+                reader.filled.notify_one();
+            }
+        }
+    });
+    let writer = Arc::clone(way);
+    std::thread::spawn(move || {
+        loop {
+            let (due, packet) = {
+                let mut queue = writer.queue.lock().expect("no holder panics");
+                loop {
+                    if let Some(next) = queue.pop_front() {
+                        break next;
+                    }
+                    queue = writer.filled.wait(queue).expect("no holder panics");
+                }
+            };
+            let wait = due.saturating_duration_since(Instant::now());
+            if !wait.is_zero() {
+                std::thread::sleep(wait);
+            }
+            // Lost when the device is down, as on a pulled cable.
+            let _ = to.send(&packet);
+        }
+    });
+}
