@@ -73,8 +73,10 @@ pub(crate) async fn run(args: Args, output: Output) -> Result<ExitCode> {
         Output::Table => print(&links)?,
     }
     let missing = args.node.is_some() && links.is_empty();
-    if let (Some(node), true, Output::Table) = (&args.node, missing, output) {
-        eprintln!("node {node} is not connected");
+    match &args.node {
+        Some(node) if missing => eprintln!("node {node} is not connected"),
+        None if links.is_empty() => eprintln!("no node is connected"),
+        _ => {}
     }
     Ok(if missing { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
@@ -125,9 +127,6 @@ fn print(links: &[Link]) -> Result<()> {
         ],
         &rows,
     )?;
-    if links.is_empty() {
-        eprintln!("no node is connected");
-    }
     Ok(())
 }
 

@@ -44,9 +44,6 @@ pub(crate) struct Plan {
     /// Folder of the built programs
     #[arg(long)]
     programs: PathBuf,
-    /// A KubeEdge EdgeCore to measure as a node of our hub
-    #[arg(long)]
-    peer: Option<PathBuf>,
     /// Only these figures: bulk, resume, idle, fleet
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
