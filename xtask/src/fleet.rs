@@ -22,6 +22,18 @@ pub(crate) struct Running {
 }
 
 impl Running {
+    /// Those of the containers in `ids` (`ctr containers ls -q`) that run according to `tasks` (`ctr tasks ls`).
+    pub(crate) fn among(ids: &str, tasks: &str) -> Vec<Self> {
+        let running = tasks.lines().skip(1).filter_map(|line| {
+            let mut words = line.split_whitespace();
+            let (id, pid, state) = (words.next()?, words.next()?, words.next()?);
+            let ours = ids.lines().any(|known| known.trim() == id);
+            (ours && state == "RUNNING")
+                .then(|| Some(Self { id: id.into(), pid: pid.parse().ok()? }))?
+        });
+        running.collect()
+    }
+
     /// Reads a file inside the container.
     pub(crate) fn read(&self, path: &str) -> Result<String> {
         let file = format!("/proc/{}/root/{}", self.pid, path.trim_start_matches('/'));
@@ -177,14 +189,7 @@ impl Fleet {
         );
         let ids = self.ctr(&["containers", "ls", "-q", &filter])?;
         let tasks = self.ctr(&["tasks", "ls"])?;
-        let running = tasks.lines().skip(1).filter_map(|line| {
-            let mut words = line.split_whitespace();
-            let (id, pid, state) = (words.next()?, words.next()?, words.next()?);
-            let ours = ids.lines().any(|known| known.trim() == id);
-            (ours && state == "RUNNING")
-                .then(|| Some(Running { id: id.into(), pid: pid.parse().ok()? }))?
-        });
-        Ok(running.collect())
+        Ok(Running::among(&ids, &tasks))
     }
 
     /// Stops the fleet and says whether it went in order.

@@ -2,6 +2,7 @@
 
 use super::part::Part;
 use super::room::BRIDGE;
+use crate::fleet::Running;
 use crate::sh;
 use anyhow::{Context, Result, bail};
 use serde_json::json;
@@ -19,21 +20,6 @@ const CAP_SYS_RESOURCE: u64 = 1 << 24;
 pub(super) struct Containerd {
     part: Part,
     pub(super) socket: PathBuf,
-}
-
-/// A container that runs on the node.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Running {
-    pub(super) id: String,
-    pub(super) pid: u32,
-}
-
-impl Running {
-    /// A file inside the container.
-    pub(super) fn read(&self, path: &str) -> Result<String> {
-        let file = format!("/proc/{}/root{path}", self.pid);
-        std::fs::read_to_string(&file).with_context(|| format!("could not read {file}"))
-    }
 }
 
 impl Containerd {
@@ -121,14 +107,7 @@ state = {state}
         );
         let ids = self.ctr(&["containers", "ls", "-q", &filter])?;
         let tasks = self.ctr(&["tasks", "ls"])?;
-        let running = tasks.lines().skip(1).filter_map(|line| {
-            let mut words = line.split_whitespace();
-            let (id, pid, state) = (words.next()?, words.next()?, words.next()?);
-            let ours = ids.lines().any(|known| known.trim() == id);
-            (ours && state == "RUNNING")
-                .then(|| Some(Running { id: id.into(), pid: pid.parse().ok()? }))?
-        });
-        Ok(running.collect())
+        Ok(Running::among(&ids, &tasks))
     }
 
     /// Ends the daemon; containers end with the room.

@@ -5,11 +5,12 @@
 
 use super::cloud::{self, Cloud};
 use super::cluster::{Cluster, NAMESPACE};
-use super::containerd::{Containerd, Running};
+use super::containerd::Containerd;
 use super::edge::{Edge, Endpoints, META_SERVER};
 use super::part::Part;
 use super::udp::UdpRelay;
 use super::{Line, Outcome, Plan, Side};
+use crate::fleet::Running;
 use crate::relay::{Relay, Target};
 use crate::sh;
 use anyhow::{Context, Result, bail, ensure};
