@@ -5,7 +5,14 @@ use std::path::PathBuf;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let proto = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR")?).join("proto");
     println!("cargo:rerun-if-changed=proto");
-    let files = protox::compile(["cri.proto", "containerd_events.proto"], [&proto])?;
+    let names = [
+        "cri.proto",
+        "containerd_events.proto",
+        "containerd_content.proto",
+        "containerd_images.proto",
+        "containerd_leases.proto",
+    ];
+    let files = protox::compile(names, [&proto])?;
     tonic_prost_build::configure()
         .build_client(true)
         .build_server(false)

@@ -74,6 +74,16 @@ pub fn crds() -> Vec<Value> {
     KINDS.iter().map(definition).collect()
 }
 
+/// Those of node jobs, which CloudCore makes where they are missing.
+pub fn operations() -> Vec<Value> {
+    KINDS.iter().filter(|kind| kind.group == OPERATIONS).map(definition).collect()
+}
+
+/// Those of the router, which CloudCore makes where they are missing and it has one.
+pub fn rules() -> Vec<Value> {
+    KINDS.iter().filter(|kind| kind.group == RULES).map(definition).collect()
+}
+
 fn definition(kind: &Kind) -> Value {
     let stored = kind.versions.last();
     let versions: Vec<Value> = kind

@@ -11,6 +11,7 @@ mod ca;
 mod cluster;
 mod edge;
 mod fault;
+mod image;
 mod link;
 mod node;
 mod out;
@@ -18,6 +19,7 @@ mod render;
 mod seed;
 mod services;
 mod site;
+mod site_file;
 mod status;
 mod table;
 mod token;
@@ -78,6 +80,19 @@ enum Verb {
     /// Take this machine over from KubeEdge's EdgeCore, or give it back
     #[command(subcommand)]
     Edge(edge::Verb),
+    /// The appliance: build its disk image, move its packages forward, look into what was built
+    #[command(subcommand)]
+    Image(image::Verb),
+    /// `site.toml`, what an appliance is told before it can ask its hub
+    #[command(subcommand)]
+    Site(site_file::Verb),
+    /// Say which networks and runtimes this machine, or a kernel's configuration, can carry
+    #[command(disable_help_flag = true)]
+    Qualify {
+        /// `--help` lists them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
+        options: Vec<String>,
+    },
     /// Run the reconciler alone, against the cluster of the kubeconfig
     Reconciler(services::ReconcilerArgs),
     /// Run CloudCore alone, against the cluster of the kubeconfig
@@ -88,6 +103,11 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
+    // It has a command line of its own, shared with `skerry-qualify`, and wants a process with one thread.
+    let mut words = std::env::args().skip(1);
+    if words.next().as_deref() == Some("qualify") {
+        return skerry_qualify::command::run(&["qualify"], words);
+    }
     let cli = Cli::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_env("SKERRY_LOG")
         .unwrap_or_else(|_| LOG_FILTER.into());
@@ -127,6 +147,11 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Verb::Node(verb) => node::run(verb, kubeconfig, output).await,
         Verb::Ca(verb) => ca::run(verb, kubeconfig, output).await,
         Verb::Edge(verb) => edge::run(verb, output).await,
+        Verb::Image(verb) => image::run(verb, output),
+        Verb::Qualify { options } => {
+            Ok(skerry_qualify::command::run(&["qualify"], options.into_iter()))
+        }
+        Verb::Site(verb) => site_file::run(verb, kubeconfig, output).await,
         Verb::Reconciler(args) => services::reconciler(args, kubeconfig).await,
         Verb::CloudCore(args) => services::cloudcore(args, kubeconfig).await,
         Verb::Version => version::run(output),

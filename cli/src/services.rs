@@ -41,6 +41,10 @@ pub(crate) struct CloudCoreArgs {
     /// Where links (/links) and counters (/metrics) are served, without authentication, or `off`
     #[arg(long, default_value = "127.0.0.1:9091")]
     monitor_listen: Listen,
+    /// Where the router takes HTTP for rules that join applications to the buses of nodes (KubeEdge's port is 9443); no
+    /// TLS and no authentication, as KubeEdge's
+    #[arg(long, default_value = "off")]
+    router_listen: Listen,
     /// How many nodes may connect a second before more are told to come back later; twice as many at once
     #[arg(long, default_value_t = skerry_cloudcore::ADMISSION_RATE.per_s, value_parser = clap::value_parser!(u32).range(1..))]
     connections_per_second: u32,
@@ -124,6 +128,7 @@ pub(crate) async fn cloudcore(
         dir: None,
         node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
         shared_token: args.kubeedge_shared_token,
+        router: args.router_listen.0,
         impersonate: false,
     };
     let cloud = CloudCore::start(client, config).await?;

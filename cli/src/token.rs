@@ -158,7 +158,7 @@ async fn revoke(client: &kube::Client, ids: &[String], output: Output) -> Result
     Ok(if absent.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn explain(node: &str, error: &TokenError) -> anyhow::Error {
+pub(crate) fn explain(node: &str, error: &TokenError) -> anyhow::Error {
     let what = format!("no token for node `{node}`: {}", chain(error));
     match error {
         TokenError::Authority(_) | TokenError::Record(_) => {
@@ -183,7 +183,7 @@ pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
-fn span(text: &str) -> Result<Duration, String> {
+pub(crate) fn span(text: &str) -> Result<Duration, String> {
     let expected = || format!("`{text}` is no span of time; expected a number and s, m, h or d");
     let unit = text.chars().last().ok_or_else(expected)?;
     let seconds = match unit {

@@ -63,10 +63,17 @@ pub(crate) struct Args {
     /// Where links (/links) and counters (/metrics) are served, without authentication, or `off`
     #[arg(long, default_value = "127.0.0.1:9091")]
     monitor_listen: Listen,
+    /// Where the router takes HTTP for rules that join applications to the buses of nodes (KubeEdge's port is 9443); no
+    /// TLS and no authentication, as KubeEdge's
+    #[arg(long, default_value = "off")]
+    router_listen: Listen,
     /// What the nodes dial instead of the addresses above: HUB,ENROL,TUNNEL or HUB,ENROL,TUNNEL,QUIC; without QUIC they
     /// use the hub's WebSocket only
     #[arg(long, value_delimiter = ',')]
     node_endpoints: Option<Vec<SocketAddr>>,
+    /// Another name or address under which nodes reach this program; may be repeated
+    #[arg(long)]
+    advertise: Vec<String>,
     /// Write KubeEdge's shared join token to Secret `kubeedge/tokensecret` and accept it: whoever has it may join as
     /// any node
     #[arg(long)]
@@ -172,10 +179,12 @@ impl Stack {
                 admission: skerry_cloudcore::ADMISSION_RATE,
                 enrol: free(args.enrol_listen),
                 tunnel: free(args.tunnel_listen),
-                advertise: vec!["localhost".into(), "127.0.0.1".into()],
+                advertise: [&["localhost".into(), "127.0.0.1".into()][..], &args.advertise]
+                    .concat(),
                 dir: None,
                 node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
                 shared_token: args.kubeedge_shared_token,
+                router: args.router_listen.0.map(free),
                 impersonate: false,
             },
         )
@@ -256,6 +265,7 @@ impl Stack {
             "enrol": self.cloud.enrol_addr().to_string(),
             "tunnel": self.cloud.tunnel_addr().to_string(),
             "quic": self.cloud.quic_addr().map(|address| address.to_string()),
+            "router": self.cloud.router_addr().map(|address| address.to_string()),
             "monitor": self.cloud.monitor_addr().map(|address| format!("http://{address}")),
         })
     }

@@ -57,6 +57,7 @@ impl World {
             dir: None,
             node_certificate_ttl: ttl,
             shared_token: false,
+            router: None,
             impersonate: false,
         };
         let client = api.client("cloudcore", &["skerry:cloudcore"]);

@@ -17,14 +17,15 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use feed::Feed;
 use http::Method;
+use kube::api::{Api, DynamicObject, ListParams};
 use serde_json::{Value, json};
 use skerry_cloudcore_core::applications::selector::Selector;
+use skerry_cloudcore_core::applications::topology::Topology;
 use skerry_cloudcore_core::applications::watches::Listener;
-use skerry_cloudcore_core::applications::{
-    self as rules, Application, Resource, Target, filter, is_discovery,
-};
+use skerry_cloudcore_core::applications::{self as rules, Application, Resource, Target, filter};
 use skerry_cloudcore_core::downstream::{Access, Key};
 use skerry_cloudcore_core::upstream::answer::Status;
+use skerry_protocol::application::is_discovery;
 use skerry_protocol::{Message, Operation, ResourcePath};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -44,6 +45,8 @@ const RESOURCE: &str = "ignore/Application/ignore";
 const AT_ONCE_MAX: usize = 4;
 /// An edge waits this long for an answer; a later one only keeps its node's next request waiting.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Services and nodes asked for at once, so that no answer is too long.
+const TOPOLOGY_PAGE: u32 = 250;
 /// Patch types by their names in Go.
 const PATCH_TYPES: [&str; 4] = [
     "application/json-patch+json",
@@ -175,11 +178,12 @@ impl Applications {
         match verb {
             "get" if named => {
                 let place = with_query(&place, &options, &["resourceVersion"]);
-                shown(rest.get(&place).await?)
+                shown(self.near(node, &target, rest.get(&place).await?).await?)
             }
             "list" => {
                 let place = with_query(&place, &options, &LIST_OPTIONS);
-                shown(typed_items(rest.get(&place).await?))
+                let list = typed_items(rest.get(&place).await?);
+                shown(self.near(node, &target, list).await?)
             }
             "create" => {
                 // A name is part of the path only for a subresource of an existing object.
@@ -219,6 +223,46 @@ impl Applications {
             "get" | "patch" | "delete" => Err(bad()),
             _ => Err(Refused::Unsupported(format!("verb `{verb}` is not supported"))),
         }
+    }
+
+    /// Takes endpoints out that a node is not to see.
+    async fn near(
+        &self,
+        node: &str,
+        target: &Target,
+        mut content: Value,
+    ) -> std::result::Result<Value, Refused> {
+        if !Topology::concerns(&target.resource) {
+            return Ok(content);
+        }
+        let mut topology = Topology::default();
+        // Services first: mostly none of them stays within a group, and the nodes are not asked for.
+        let [nodes, services] = Topology::sources();
+        for resource in [services, nodes] {
+            let of = feed::topology_resource(&resource);
+            let objects: Api<DynamicObject> = match (resource.plural.as_str(), &*target.namespace) {
+                ("services", namespace) if !namespace.is_empty() => {
+                    Api::namespaced_with(self.client.clone(), namespace, &of)
+                }
+                _ => Api::all_with(self.client.clone(), &of),
+            };
+            let mut params = ListParams::default().limit(TOPOLOGY_PAGE);
+            loop {
+                let page = objects.list(&params).await.map_err(Refused::Unavailable)?;
+                for object in page.items {
+                    topology.changed(&resource.plural, &crate::api::to_json(object));
+                }
+                match page.metadata.continue_.filter(|token| !token.is_empty()) {
+                    Some(token) => params.continue_token = Some(token),
+                    None => break,
+                }
+            }
+            if !topology.has_ranges() {
+                return Ok(content);
+            }
+        }
+        topology.narrow_all(node, &mut content);
+        Ok(content)
     }
 
     async fn watch(

@@ -1,57 +1,117 @@
-//! What nodes report about their share of node jobs, into the status of the job.
+//! Node jobs: what nodes report about their share of them, into the status of the job.
 //!
 //! Reports come on the link ([`crate::upstream`]) and over HTTPS ([`crate::enrolment`]). A node reports about itself
 //! only. Jobs are written whole, with the version that was read, and read anew when somebody else was faster: many
-//! nodes report about one job. Sending jobs to nodes is not done here.
+//! nodes report about one job. [`run`] is the task that tells nodes their jobs.
 //!
 //! Source: kubeedge/kubeedge, cloud/pkg/taskmanager/{upstream,status,v1alpha1};
 //! cloud/pkg/cloudhub/servers/httpserver/nodetask.
 
+mod run;
+
 use crate::enrolment::{JobReport, JobReports};
-use crate::upstream::answer::Refused;
+use crate::hub::Hub;
+use crate::upstream::answer::{Refused, now_ms};
 use crate::upstream::node::seconds;
 use crate::upstream::rest::{self, Rest};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use serde_json::Value;
-use skerry_cloudcore_core::upstream::job::{self, ActionReport, Denied, Kind, TaskReport};
+use skerry_cloudcore_core::jobs::{Job, Links};
+use skerry_cloudcore_core::upstream::job::{self, Denied};
 use skerry_protocol::Message;
+use skerry_protocol::job::{self as wire, ActionReport, Kind, TaskReport};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 /// How often a report is written anew when another node's came in between.
 const CONFLICTS_MAX: u32 = 8;
 /// The pause before that, drawn between nothing and this; it grows with each conflict.
 const CONFLICT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Writes reports about jobs.
+/// Secrets by (namespace, name), with the nodes that may read them.
+type Grants = BTreeMap<(String, String), BTreeSet<String>>;
+
+/// Writes reports about jobs, and knows what their task has to know of links.
 #[derive(Clone)]
 pub(crate) struct Jobs {
     client: kube::Client,
+    hub: Hub,
+    links: Arc<Mutex<(Links, u64)>>,
+    /// Told when a link comes up or ends.
+    linked: Arc<Notify>,
+    grants: Arc<Mutex<Grants>>,
     /// Whether reports over HTTPS count when their sender shows no certificate of the node. `keadm` shows none.
     unproven: bool,
 }
 
 impl Jobs {
-    pub(crate) fn new(client: kube::Client, unproven: bool) -> Self {
-        Self { client, unproven }
+    pub(crate) fn new(client: kube::Client, hub: Hub, unproven: bool) -> Self {
+        let (links, linked, grants) = Default::default();
+        Self { client, hub, links, linked, grants, unproven }
+    }
+
+    /// Starts the task that tells nodes their jobs.
+    pub(crate) fn spawn(&self, tasks: &TaskTracker, stop: &CancellationToken) {
+        run::spawn(self.clone(), tasks, stop);
+    }
+
+    /// A new connection of `node` is up.
+    pub(crate) fn connected(&self, node: &str) {
+        let mut links = self.links.lock().expect("never held over a panic");
+        links.1 += 1;
+        let number = links.1;
+        links.0.insert(node.into(), number);
+        self.linked.notify_one();
+    }
+
+    /// The last connection of `node` has ended.
+    pub(crate) fn disconnected(&self, node: &str) {
+        self.links.lock().expect("never held over a panic").0.remove(node);
+        self.linked.notify_one();
+    }
+
+    /// Whether a job that `node` works on names this Secret for its images.
+    pub(crate) fn grants(&self, node: &str, namespace: &str, name: &str) -> bool {
+        let grants = self.grants.lock().expect("never held over a panic");
+        let key = (namespace.to_owned(), name.to_owned());
+        grants.get(&key).is_some_and(|nodes| nodes.contains(node))
+    }
+
+    fn grant<'a>(&self, secrets: impl Iterator<Item = (&'a str, &'a str, Vec<&'a str>)>) {
+        let mut grants = Grants::new();
+        for (namespace, name, nodes) in secrets {
+            let granted = grants.entry((namespace.into(), name.into())).or_default();
+            granted.extend(nodes.into_iter().map(str::to_owned));
+        }
+        *self.grants.lock().expect("never held over a panic") = grants;
+    }
+
+    fn links(&self) -> Links {
+        self.links.lock().expect("never held over a panic").0.clone()
     }
 
     /// A report of version `v1alpha2`: `operations.kubeedge.io/v1alpha2/<type>/<job>/node/<node>`.
     pub(crate) async fn action(&self, node: &str, request: &Message) -> Result<(), Refused> {
         let resource = &request.route.resource;
-        let (kind, name, of_node) = job::parse_path(resource)
+        let (kind, name, of_node) = wire::parse_path(resource)
             .ok_or_else(|| Refused::Invalid(format!("`{resource}` is no path of a node job")))?;
         own(node, of_node)?;
         let report: ActionReport =
             request.content_as().map_err(|error| Refused::Invalid(error.to_string()))?;
-        self.write(job::V1ALPHA2, kind, name, |job| job::apply(kind, job, node, &report)).await
+        let apply = |job: &mut Value| job::apply(kind, job, node, &report);
+        self.write(wire::V1ALPHA2, kind, name, apply).await.map(drop)
     }
 
     /// A report of version `v1alpha1`: `task/<job>/node/<node>`, the kind is the operation.
     pub(crate) async fn task(&self, node: &str, request: &Message) -> Result<(), Refused> {
         let route = &request.route;
         let bad = || Refused::Invalid(format!("`{}` is no path of a node task", route.resource));
-        let (name, of_node) = job::parse_task_path(&route.resource).ok_or_else(bad)?;
+        let (name, of_node) = wire::parse_task_path(&route.resource).ok_or_else(bad)?;
         let kind = Kind::of_task(&route.operation).ok_or_else(bad)?;
         own(node, of_node)?;
         let report: TaskReport =
@@ -70,8 +130,19 @@ impl Jobs {
             own(node, &report.node_name)?;
         }
         let now = seconds(jiff::Timestamp::now());
-        let apply = |job: &mut Value| job::apply_task(kind, job, node, report, &now);
-        self.write(job::V1ALPHA1, kind, name, apply).await
+        // Each version of the kind may know the fields of its own form only.
+        let place = place(wire::V1ALPHA2, kind, name)?;
+        let current = Rest::new(&self.client).get(&place).await;
+        if !current.is_ok_and(|job| job::is_current(&job)) {
+            let apply = |job: &mut Value| job::apply_task(kind, job, node, report, &now);
+            return self.write(wire::V1ALPHA1, kind, name, apply).await.map(drop);
+        }
+        let apply = |job: &mut Value| job::apply_older(kind, job, node, report, &now);
+        let written = self.write(wire::V1ALPHA2, kind, name, apply).await?;
+        if let Some(stage) = Job::new(kind, name).next_stage(&written, node, report, now_ms()) {
+            self.hub.send(node, stage).await;
+        }
+        Ok(())
     }
 
     async fn write(
@@ -80,9 +151,8 @@ impl Jobs {
         kind: Kind,
         name: &str,
         apply: impl Fn(&mut Value) -> Result<(), Denied>,
-    ) -> Result<(), Refused> {
-        let name = rest::segment(name)?;
-        let place = rest::path(&format!("/apis/{version}"), "", kind.plural(), name)?;
+    ) -> Result<Value, Refused> {
+        let place = place(version, kind, name)?;
         let api = Rest::new(&self.client);
         let mut conflicts = 0;
         loop {
@@ -93,7 +163,7 @@ impl Jobs {
                 _ => Refused::Invalid(denied.to_string()),
             })?;
             if job == before {
-                return Ok(());
+                return Ok(job);
             }
             match api.replace(&format!("{place}/status"), &job).await {
                 Err(refused) if refused.is_conflict() && conflicts < CONFLICTS_MAX => {
@@ -101,7 +171,7 @@ impl Jobs {
                     let pause = CONFLICT_PAUSE * conflicts;
                     tokio::time::sleep(pause.mul_f64(rand::random::<f64>())).await;
                 }
-                done => return done.map(drop),
+                done => return done,
             }
         }
     }
@@ -144,8 +214,12 @@ fn upgrade_report(body: &Value) -> Result<TaskReport, String> {
         event: event.into(),
         action: action.into(),
         reason: text("Reason"),
-        external_message: String::new(),
+        ..TaskReport::default()
     })
+}
+
+fn place(version: &str, kind: Kind, name: &str) -> Result<String, Refused> {
+    rest::path(&format!("/apis/{version}"), "", kind.plural(), rest::segment(name)?)
 }
 
 fn own(node: &str, found: &str) -> Result<(), Refused> {

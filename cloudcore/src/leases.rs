@@ -5,11 +5,12 @@
 //! without a version: nobody else writes these fields, so there is nothing to conflict with. A Lease that is not there is
 //! made, with the Node as its owner, so that it goes when the Node goes.
 
-use crate::hub::sleep_until;
+use crate::hub::{Hub, sleep_until};
 use crate::upstream::answer::Refused;
 use crate::upstream::lease;
 use crate::upstream::rest::{self, Merge, Rest};
 use serde_json::{Value, json};
+use skerry_cloudcore_core::downstream::{Key, Kind};
 use skerry_cloudcore_core::leases::{Renewal, Schedule};
 use std::time::Instant;
 use tokio::sync::mpsc;
@@ -36,11 +37,12 @@ impl Leases {
     /// Starts the task.
     pub(crate) fn spawn(
         client: kube::Client,
+        hub: Hub,
         tasks: &TaskTracker,
         stop: &CancellationToken,
     ) -> Self {
         let (words, received) = mpsc::channel(WORDS_MAX);
-        tasks.spawn(run(client, received, stop.clone()));
+        tasks.spawn(run(client, hub, received, stop.clone()));
         Self { words }
     }
 
@@ -61,15 +63,20 @@ impl Leases {
     }
 }
 
-async fn run(client: kube::Client, mut words: mpsc::Receiver<Word>, stop: CancellationToken) {
+async fn run(
+    client: kube::Client,
+    hub: Hub,
+    mut words: mpsc::Receiver<Word>,
+    stop: CancellationToken,
+) {
     let mut schedule = Schedule::default();
     // Bounded by the schedule.
     let mut writes = JoinSet::new();
     loop {
         while let Some(renewal) = schedule.poll(Instant::now()) {
-            let client = client.clone();
+            let (client, hub) = (client.clone(), hub.clone());
             writes.spawn(async move {
-                let ok = write(&client, &renewal).await;
+                let ok = write(&client, &hub, &renewal).await;
                 (renewal.node, ok)
             });
         }
@@ -92,8 +99,8 @@ async fn run(client: kube::Client, mut words: mpsc::Receiver<Word>, stop: Cancel
 }
 
 /// Whether the Lease is renewed.
-async fn write(client: &kube::Client, renewal: &Renewal) -> bool {
-    match renew(client, renewal).await {
+async fn write(client: &kube::Client, hub: &Hub, renewal: &Renewal) -> bool {
+    match renew(client, hub, renewal).await {
         Ok(renewed) => renewed,
         Err(error) => {
             tracing::warn!(node = renewal.node, %error, "a lease could not be renewed, trying again");
@@ -103,31 +110,41 @@ async fn write(client: &kube::Client, renewal: &Renewal) -> bool {
 }
 
 /// `false` when there is no Node yet.
-async fn renew(client: &kube::Client, renewal: &Renewal) -> Result<bool, Refused> {
+async fn renew(client: &kube::Client, hub: &Hub, renewal: &Renewal) -> Result<bool, Refused> {
     let api = Rest::new(client);
     let node = renewal.node.as_str();
     let now = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%S%.6fZ").to_string();
     let spec = json!({"holderIdentity": node, "renewTime": now,
         "leaseDurationSeconds": renewal.duration.as_secs()});
     match api.patch(&lease::lease_path(node)?, Merge::Json, &json!({ "spec": spec })).await {
-        Err(refused) if refused.is_not_found() => create(api, node, &spec).await,
+        Err(refused) if refused.is_not_found() => create(api, hub, node, &spec).await,
         done => done.map(|_| true),
     }
 }
 
-async fn create(api: Rest<'_>, node: &str, spec: &Value) -> Result<bool, Refused> {
+async fn create(api: Rest<'_>, hub: &Hub, node: &str, spec: &Value) -> Result<bool, Refused> {
     // Without its Node a Lease would stay for ever; a node registers before it needs one.
-    let owner = match api.get(&rest::core("", "nodes", node)?).await {
-        Err(refused) if refused.is_not_found() => return Ok(false),
-        owner => owner?,
-    };
+    let Some(uid) = uid(api, hub, node).await? else { return Ok(false) };
     let lease = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
         "metadata": {"name": node, "namespace": lease::NAMESPACE, "ownerReferences": [{
-            "apiVersion": "v1", "kind": "Node", "name": node, "uid": owner["metadata"]["uid"]}]},
+            "apiVersion": "v1", "kind": "Node", "name": node, "uid": uid}]},
         "spec": spec});
     match api.create(&rest::path(lease::ROOT, lease::NAMESPACE, "leases", "")?, &lease).await {
         // An edge that keeps its own was faster.
         Err(refused) if refused.is_already_exists() => Ok(true),
         done => done.map(|_| true),
+    }
+}
+
+/// The node's uid, which the hub knows from its watch, most of the time; `None` when there is no Node.
+async fn uid(api: Rest<'_>, hub: &Hub, node: &str) -> Result<Option<String>, Refused> {
+    if let Some(key) = Key::new(Kind::Node, "", node)
+        && let Some((_, uid)) = hub.binding(&key).await
+    {
+        return Ok(Some(uid));
+    }
+    match api.get(&rest::core("", "nodes", node)?).await {
+        Err(refused) if refused.is_not_found() => Ok(None),
+        found => Ok(found?["metadata"]["uid"].as_str().map(str::to_owned)),
     }
 }

@@ -17,6 +17,7 @@ mod admission;
 mod api;
 mod applications;
 mod authority;
+mod definitions;
 mod enrolment;
 mod gate;
 mod hub;
@@ -27,6 +28,7 @@ mod monitor;
 mod objectsync;
 mod quic;
 mod renewal;
+mod router;
 mod session;
 mod tls;
 mod token;
@@ -77,6 +79,9 @@ pub struct Config {
     /// Plain HTTP for the operator, without authentication: links as JSON and counters as Prometheus text. KubeEdge's is
     /// 127.0.0.1:9091; `None` for none.
     pub monitor: Option<SocketAddr>,
+    /// HTTP of the router for rules that join applications to the buses of nodes, without TLS and authentication.
+    /// KubeEdge's is port 9443; `None` for no router.
+    pub router: Option<SocketAddr>,
     /// How many links may come up a second, [`ADMISSION_RATE`] by default; more are told when to come back.
     pub admission: Rate,
     /// DNS names and addresses in the server certificate. A node refuses a server that it did not reach under one.
@@ -128,6 +133,7 @@ pub struct CloudCore {
     hub_addr: SocketAddr,
     quic_addr: Option<SocketAddr>,
     monitor_addr: Option<SocketAddr>,
+    router_addr: Option<SocketAddr>,
     links: monitor::Links,
     hub: hub::Hub,
     enrol_addr: SocketAddr,
@@ -178,6 +184,7 @@ impl CloudCore {
         let (tunnel_listener, tunnel_addr) = bind("tunnel", config.tunnel)?;
         let monitor_listener =
             config.monitor.map(|address| bind("monitor", address)).transpose()?;
+        let router_listener = config.router.map(|address| bind("router", address)).transpose()?;
         let quic_listener = config.quic.map(|address| bind_quic(address, quic_tls)).transpose()?;
 
         let stop = CancellationToken::new();
@@ -196,7 +203,8 @@ impl CloudCore {
             ));
         }
 
-        let jobs = jobs::Jobs::new(client.clone(), config.shared_token);
+        let jobs = jobs::Jobs::new(client.clone(), hub.clone(), config.shared_token);
+        jobs.spawn(&tasks, &stop);
         let applications = applications::Applications::spawn(
             client.clone(),
             hub.clone(),
@@ -209,15 +217,23 @@ impl CloudCore {
             impersonate: config.impersonate,
             address: config.advertise.iter().find(is_address).cloned(),
         };
-        let upstream = Arc::new(upstream::Upstream::new(
-            client.clone(),
-            hub.clone(),
-            jobs.clone(),
-            applications,
-            settings,
-        ));
-        let leases = leases::Leases::spawn(client.clone(), &tasks, &stop);
+        let router_addr = router_listener.as_ref().map(|(_, address)| *address);
+        let router = router_listener.map(|(socket, _)| {
+            router::Router::spawn(client.clone(), hub.clone(), socket, &tasks, &stop)
+        });
+        let upstream = Arc::new(
+            upstream::Upstream::new(
+                client.clone(),
+                hub.clone(),
+                jobs.clone(),
+                applications,
+                settings,
+            )
+            .with_router(router),
+        );
+        let leases = leases::Leases::spawn(client.clone(), hub.clone(), &tasks, &stop);
         let links = monitor::Links::default();
+        streams.set_links(links.clone(), hub.clone());
         let counters = Arc::clone(&links.counters);
         let renewals = renewal::Renewals::new(issuing.clone());
         let (changed, identity_changes) = tokio_watch::channel(0);
@@ -308,6 +324,7 @@ impl CloudCore {
             hub_addr,
             quic_addr,
             monitor_addr,
+            router_addr,
             links,
             hub: shared.hub.clone(),
             enrol_addr,
@@ -331,6 +348,11 @@ impl CloudCore {
     /// Where the monitor listens, if it does.
     pub fn monitor_addr(&self) -> Option<SocketAddr> {
         self.monitor_addr
+    }
+
+    /// Where the router takes HTTP, if there is one.
+    pub fn router_addr(&self) -> Option<SocketAddr> {
+        self.router_addr
     }
 
     /// Every link that is up, by node name. A node that is just moving to a better transport is there twice.

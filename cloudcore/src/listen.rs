@@ -2,8 +2,13 @@
 //!
 //! Handshakes cost a signature each, so only so many run at a time; the others wait in the system's queue, where they
 //! cost this process nothing.
+//!
+//! The kernel is asked not to double the wait before it sends a lost segment again for as long as nothing gets through:
+//! a node whose network comes back would hear from us only after as long as it was away.
 
 use crate::monitor::Counters;
+use nix::libc;
+use nix::sys::socket::{getsockopt, setsockopt};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +29,18 @@ const HANDSHAKE_TIMEOUT_BUSY: Duration = Duration::from_secs(3);
 const HANDSHAKES_MAX: usize = 1024;
 /// How many connections the system keeps for us to accept, as far as it lets us.
 const BACKLOG: u32 = 4096;
+/// Longest wait before a lost segment is sent again, in milliseconds; the least that the kernel allows. Kernels before
+/// 6.15 know nothing of it, and double the wait after six repetitions.
+const REPEAT_WAIT_MAX_MS: u32 = 1000;
+/// On a slow path it is as many round trips as this: what is only late is not to be sent twice.
+const REPEAT_ROUND_TRIPS: u32 = 4;
+/// When the round trip is not known.
+const ROUND_TRIP_UNKNOWN_MS: u32 = 750;
+/// The kernel gives a connection up when nothing was acknowledged for so long. Sessions do that before; without this the
+/// kernel would count repetitions, and give up after some fifteen.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(150);
+/// Linux, include/uapi/linux/tcp.h: `TCP_RTO_MAX_MS`.
+const RTO_MAX_MS: libc::c_int = 44;
 /// Pause after a failed accept, which is mostly a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -62,6 +79,45 @@ pub(crate) fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
+}
+
+/// The part of `struct tcp_info` that every kernel has. With the whole structure the call fails, and `nix` panics, on a
+/// kernel that is older than our headers: it gives fewer bytes than were asked for.
+type TcpInfo = [u8; 104];
+
+#[derive(Clone, Copy)]
+struct RepeatWaitMax;
+#[derive(Clone, Copy)]
+struct Info;
+
+nix::getsockopt_impl!(
+    Info,
+    libc::IPPROTO_TCP,
+    libc::TCP_INFO,
+    TcpInfo,
+    nix::sys::socket::sockopt::GetStruct<TcpInfo>
+);
+
+nix::setsockopt_impl!(
+    RepeatWaitMax,
+    libc::IPPROTO_TCP,
+    RTO_MAX_MS,
+    u32,
+    nix::sys::socket::sockopt::SetStruct<u32>
+);
+
+/// A system that knows nothing of it is used as it is.
+fn repeat_steadily(stream: &TcpStream) {
+    let reference = socket2::SockRef::from(stream);
+    let linear = reference.set_tcp_thin_linear_timeouts(true);
+    let given_up = reference.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX));
+    let at = std::mem::offset_of!(libc::tcp_info, tcpi_rtt);
+    let rtt = |info: TcpInfo| u32::from_ne_bytes(info[at..at + 4].try_into().expect("four bytes"));
+    let rtt_us = getsockopt(stream, Info).map_or(0, rtt);
+    let rtt_ms = if rtt_us > 0 { rtt_us / 1000 } else { ROUND_TRIP_UNKNOWN_MS };
+    let wait_ms = rtt_ms.saturating_mul(REPEAT_ROUND_TRIPS).max(REPEAT_WAIT_MAX_MS);
+    let longest = setsockopt(stream, RepeatWaitMax, &wait_ms);
+    tracing::trace!(?linear, ?given_up, ?longest, "TCP is told how to repeat");
 }
 
 /// Accepts until `stop`. `handle` gets the connection after the TLS handshake.
@@ -108,6 +164,7 @@ pub(crate) async fn accept<F, H>(
         tasks.spawn(async move {
             // Messages are small and somebody waits for each.
             let _ = stream.set_nodelay(true);
+            repeat_steadily(&stream);
             // On the heap, so that the long life of the connection does not keep room for it.
             let handshake = Box::pin(tokio::time::timeout(patience, tls.accept(stream)));
             let handshake = tokio::select! {

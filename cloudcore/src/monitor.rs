@@ -291,6 +291,15 @@ impl Links {
         list.by_node.contains_key(node)
     }
 
+    /// Whether a node has a link that says more than KubeEdge's do.
+    pub(crate) fn is_own(&self, node: &str) -> bool {
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = |link: &Arc<LinkState>| {
+            *link.node == *node && link.capabilities != Capabilities::default()
+        };
+        list.links.values().any(own)
+    }
+
     /// All links, by node name, with what the hub has for each.
     pub(crate) async fn with_waiting(&self, hub: &Hub) -> Vec<LinkInfo> {
         let mut infos = self.infos();

@@ -12,13 +12,14 @@ use futures::StreamExt;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{
     Api, ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams,
+    Preconditions,
 };
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use skerry_api::reliablesyncs::v1alpha1::{
-    ClusterObjectSync, NEVER_ACKED, ObjectSync, ObjectSyncSpec, ObjectSyncStatus, crds,
+    ClusterObjectSync, ObjectSync, ObjectSyncSpec, ObjectSyncStatus, crds,
 };
 use skerry_cloudcore_core::downstream::Input;
 use skerry_cloudcore_core::objectsync::{Action, Outcome, Scope, SyncSpec, Word, Write};
@@ -59,12 +60,6 @@ trait Record:
 {
     const SCOPE: Scope;
     fn into_parts(self) -> (ObjectMeta, ObjectSyncSpec, Option<ObjectSyncStatus>);
-
-    /// `status.objectResourceVersion`, if it is written.
-    fn version(self) -> Option<String> {
-        let version = self.into_parts().2?.object_resource_version;
-        Some(version).filter(|version| !version.is_empty())
-    }
 }
 
 impl Record for ObjectSync {
@@ -180,9 +175,12 @@ impl Watch {
         let mut names = BTreeSet::new();
         while let Some(event) = events.next().await {
             match event {
-                Ok(Event::Init) => names.clear(),
+                Ok(Event::Init) => {
+                    names.clear();
+                    self.hub.input(Input::Sync(Word::Listing(K::SCOPE))).await;
+                }
                 Ok(Event::InitApply(record)) => {
-                    if let Some(word) = seen(record) {
+                    if let Some(word) = seen(record, true) {
                         if let Word::Seen { name, namespace, .. } = &word {
                             names.insert((namespace.clone(), Arc::clone(name)));
                         }
@@ -194,13 +192,13 @@ impl Watch {
                     self.hub.input(Input::Sync(word)).await;
                 }
                 Ok(Event::Apply(record)) => {
-                    if let Some(word) = seen(record) {
+                    if let Some(word) = seen(record, false) {
                         self.hub.input(Input::Sync(word)).await;
                     }
                 }
                 Ok(Event::Delete(record)) => {
-                    if let Some(Word::Seen { name, namespace, .. }) = seen(record) {
-                        self.hub.input(Input::Sync(Word::Gone { name, namespace })).await;
+                    if let Some(Word::Seen { name, namespace, at, .. }) = seen(record, false) {
+                        self.hub.input(Input::Sync(Word::Gone { name, namespace, at })).await;
                     }
                 }
                 Err(error) if is_over(&error) => return,
@@ -221,11 +219,13 @@ enum InstallError {
     NotServed,
 }
 
-fn seen<K: Record>(record: K) -> Option<Word> {
+fn seen<K: Record>(record: K, is_in_list: bool) -> Option<Word> {
     let (metadata, spec, status) = record.into_parts();
     let version = status.map(|status| status.object_resource_version);
     let version = version.filter(|version| !version.is_empty());
     Some(Word::Seen {
+        at: at(&metadata),
+        is_in_list,
         name: metadata.name?.into(),
         namespace: metadata.namespace.map(Into::into),
         spec: SyncSpec {
@@ -235,6 +235,12 @@ fn seen<K: Record>(record: K) -> Option<Word> {
         },
         version: version.map(Into::into),
     })
+}
+
+/// Resource version of a record, 0 when it is no number.
+fn at(metadata: &ObjectMeta) -> u64 {
+    let version = metadata.resource_version.as_deref();
+    version.and_then(|version| version.parse().ok()).unwrap_or(0)
 }
 
 /// Writes records.
@@ -249,7 +255,7 @@ impl Writer {
         Self { client, has_refused: AtomicBool::new(false) }
     }
 
-    /// Does `write`, in at most two requests.
+    /// Does `write`, in at most two requests, if the record is still as `write` says that it was seen.
     pub(crate) async fn write(&self, write: &Write) -> Outcome {
         let done = match &write.id.namespace {
             Some(namespace) => {
@@ -269,14 +275,20 @@ impl Writer {
         };
         let outcome = match &error {
             kube::Error::Api(status) if (400..500).contains(&status.code) => match status.code {
-                // Too many requests, a timeout, a conflict: the next attempt may go through.
-                408 | 409 | 429 => Outcome::Failed,
+                409 => Outcome::Conflict,
+                // Too many requests, a timeout: the next attempt may go through.
+                408 | 429 => Outcome::Failed,
                 401 => Outcome::Failed,
                 _ => Outcome::Refused,
             },
             _ => Outcome::Failed,
         };
-        if outcome == Outcome::Refused && self.has_refused.swap(true, Ordering::Relaxed) {
+        if outcome == Outcome::Conflict {
+            tracing::debug!(
+                name = write.name(),
+                "another CloudCore has written this record of delivery"
+            );
+        } else if outcome == Outcome::Refused && self.has_refused.swap(true, Ordering::Relaxed) {
             // Once is enough: a namespace that goes away refuses every record in it.
             tracing::debug!(name = write.name(), %error, "the API refuses a record of delivery");
         } else {
@@ -295,14 +307,17 @@ where
     K: Record + serde::Serialize,
 {
     let name = write.name();
-    let version = match &write.action {
+    let (version, seen_at) = match &write.action {
         Action::Delete => {
-            return match api.delete(&name, &DeleteParams::default()).await {
+            let seen = (write.at > 0)
+                .then(|| Preconditions { resource_version: Some(write.at.to_string()), uid: None });
+            let params = DeleteParams { preconditions: seen, ..DeleteParams::default() };
+            return match api.delete(&name, &params).await {
                 Err(error) if !api::is_not_found(&error) => Err(error),
-                _ => Ok(Outcome::Done),
+                _ => Ok(Outcome::Done(0)),
             };
         }
-        Action::Status(version) => version,
+        Action::Status(version) => (version, write.at),
         Action::Create(version) => {
             let metadata = ObjectMeta { name: Some(name.clone()), ..ObjectMeta::default() };
             let spec = ObjectSyncSpec {
@@ -311,21 +326,29 @@ where
                 object_name: write.spec.name.as_ref().to_owned(),
             };
             match api.create(&PostParams::default(), &new(metadata, spec)).await {
-                Err(error) if !api::is_already_exists(&error) => return Err(error),
-                // Another CloudCore was first; what it has written since says more than that nothing is known.
-                Err(_)
-                    if **version == *NEVER_ACKED && api.get(&name).await?.version().is_some() =>
-                {
-                    return Ok(Outcome::Done);
+                Ok(created) => (version, at(&created.into_parts().0)),
+                Err(error) if api::is_already_exists(&error) => {
+                    return Ok(match api.get_opt(&name).await? {
+                        None => Outcome::Failed,
+                        Some(found) => {
+                            let (metadata, _, status) = found.into_parts();
+                            let version = status.map(|status| status.object_resource_version);
+                            let version = version.filter(|version| !version.is_empty());
+                            Outcome::Found { version: version.map(Into::into), at: at(&metadata) }
+                        }
+                    });
                 }
-                _ => version,
+                Err(error) => return Err(error),
             }
         }
     };
-    let status = json!({"status": {"objectResourceVersion": &**version}});
+    let mut status = json!({"status": {"objectResourceVersion": &**version}});
+    if seen_at > 0 {
+        status["metadata"] = json!({"resourceVersion": seen_at.to_string()});
+    }
     match api.patch_status(&name, &PatchParams::default(), &Patch::Merge(status)).await {
-        Ok(_) => Ok(Outcome::Done),
-        Err(error) if api::is_not_found(&error) => Ok(Outcome::Missing),
+        Ok(written) => Ok(Outcome::Done(at(&written.into_parts().0))),
+        Err(error) if api::is_not_found(&error) => Ok(Outcome::Conflict),
         Err(error) => Err(error),
     }
 }

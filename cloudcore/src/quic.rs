@@ -2,8 +2,8 @@
 //!
 //! IETF QUIC with mutual TLS 1.3 and the ALPN `skerry/1`. The edge opens one bidirectional stream and says who it is and
 //! what it can do ([`skerry_protocol::frame::Hello`]); after the answer each side opens a unidirectional stream per
-//! priority class when it first needs it. Datagrams are beats; they are not answered, their acknowledgement by QUIC is
-//! the answer. A client whose address changes keeps its connection.
+//! priority class when it first needs it. Datagrams of the edge are beats, ours are probes; they are not answered, their
+//! acknowledgement by QUIC is the answer. A client whose address changes keeps its connection.
 //!
 //! KubeEdge's own QUIC is another protocol (Google QUIC of 2018) and asks no client for a certificate, so that anybody
 //! can be any node; it is not offered here, on no port.
@@ -29,7 +29,7 @@ use quinn::{
 use rustls_pki_types::CertificateDer;
 use skerry_protocol::capability::Capabilities;
 use skerry_protocol::frame::{
-    Decoder, HELLO_LEN_MAX, Hello, HelloReply, Kind, encode, encode_header,
+    Decoder, HEADER_LEN, HELLO_LEN_MAX, Hello, HelloReply, Kind, encode, encode_header,
 };
 use skerry_protocol::message::UPSTREAM_LEN_MAX;
 use skerry_protocol::{Class, Message, batch};
@@ -426,6 +426,12 @@ impl Quic {
         self.heard
     }
 
+    /// Asks the client for an acknowledgement, which also tells what of the messages was lost. Without room for it
+    /// something else is on its way.
+    pub(crate) fn probe(&self) {
+        let _ = self.connection.send_datagram(Bytes::new());
+    }
+
     pub(crate) fn path(&self) -> (Duration, SocketAddr) {
         (self.connection.rtt(), self.connection.remote_address())
     }
@@ -477,7 +483,18 @@ impl Inbound {
                 Poll::Ready(Ok(0)) => {
                     return Poll::Ready(Err(malformed("a stream ends inside a frame".into())));
                 }
-                Poll::Ready(Ok(read)) => self.input.extend_from_slice(&chunk[..read]),
+                Poll::Ready(Ok(read)) => {
+                    if self.input.capacity() - self.input.len() < read {
+                        // Room for the whole frame at once, whose length the decoder has found to be within its bound:
+                        // grown bit by bit, a long one is there twice for a moment.
+                        let len =
+                            self.input.first_chunk().map_or(0, |len| u32::from_be_bytes(*len));
+                        let whole =
+                            if self.class.is_some() { len as usize + HEADER_LEN } else { 0 };
+                        self.input.reserve(whole.saturating_sub(self.input.len()).max(read));
+                    }
+                    self.input.extend_from_slice(&chunk[..read]);
+                }
                 Poll::Ready(Err(ReadError::ConnectionLost(error))) => {
                     return Poll::Ready(Err(Failed::Stream(ended(error))));
                 }

@@ -27,12 +27,14 @@ use crate::renewal::Renewals;
 use crate::tls::Peer;
 use crate::transport::{Farewell, Kind, OUT_HIGH, Received, Transport, TransportError};
 use crate::upstream::Upstream;
+use bytes::Bytes;
 use quota::Quota;
+use serde::Deserialize;
 use skerry_cloudcore_core::downstream::{Input, SessionId};
 use skerry_cloudcore_core::identity::Standing;
 use skerry_protocol::capability::Capabilities;
 use skerry_protocol::delivery::{Delivery, Event, Settings};
-use skerry_protocol::message::UPSTREAM_LEN_MAX;
+use skerry_protocol::message::{Header, Route, UPSTREAM_LEN_MAX, raw};
 use skerry_protocol::{Class, Message, Operation, batch, certificate, digest};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
@@ -59,6 +61,11 @@ const COMMANDS_AT_ONCE: usize = 256;
 const REQUESTS_MAX: usize = 256;
 /// Their bytes, likewise. One request may be as long as [`UPSTREAM_LEN_MAX`].
 const REQUEST_BYTES_MAX: usize = 512 * 1024;
+/// Bytes of a message that a node makes itself: registration, statuses, events, requests. A Node with fifty images has
+/// 30 KiB. What is parsed into values takes several times as much memory.
+const PLAIN_LEN_MAX: usize = 512 * 1024;
+/// Bytes of a digest: ten thousand objects.
+const DIGEST_LEN_MAX: usize = 1024 * 1024;
 /// With this much waiting for the node, its next request waits as well: its answer would only make it more.
 const ANSWER_BACKLOG_MAX: usize = 1024 * 1024;
 /// Bytes of messages in one batch, before compression, from which it is sent.
@@ -69,10 +76,39 @@ const BATCH_LEN_MIN: usize = 1024;
 const BATCH_MESSAGES: usize = 512;
 /// The lease of a node needs no more signs of life than one in this time.
 const LEASE_BEAT_MIN: Duration = Duration::from_secs(1);
+/// Time between two probes of a silent QUIC connection that owes acknowledgements, at first; QUIC itself asks less and
+/// less often, and would find a healed path only after as long as it was broken.
+const PROBE_INTERVAL: Duration = Duration::from_millis(250);
+/// Later it is this part of the silence.
+const PROBE_SHARE: u32 = 8;
+/// Looks that find a sign of life, until there are no more for the same messages.
+const PROBE_ANSWERS: u32 = 4;
+/// How long a node may take to acknowledge, beyond two round trips, before it counts as silent: it writes to its disk
+/// before.
+const PROBE_PATIENCE: Duration = Duration::from_millis(300);
 /// A session that may only renew its certificate has to be done by then.
 const RENEWAL_TIME: Duration = Duration::from_secs(60);
 /// And goes away this long after its new certificate.
 const RENEWED_TIME: Duration = Duration::from_secs(5);
+
+/// A message without its content.
+#[derive(Deserialize)]
+struct Envelope {
+    #[serde(default)]
+    header: Header,
+    #[serde(default)]
+    route: Route,
+}
+
+/// Bytes of a message of a node, by what it is: what applications write or upload may be long.
+fn len_max(route: &Route) -> usize {
+    match Operation::parse(&route.operation) {
+        Some(Operation::Application | Operation::Upload) => UPSTREAM_LEN_MAX,
+        _ if route.group == "user" => UPSTREAM_LEN_MAX,
+        _ if route.resource == digest::RESOURCE => DIGEST_LEN_MAX,
+        _ => PLAIN_LEN_MAX,
+    }
+}
 
 /// What the hub tells a session.
 pub(crate) enum Command {
@@ -104,6 +140,16 @@ pub(crate) struct Opened {
     pub(crate) capabilities: Capabilities,
     pub(crate) address: SocketAddr,
     pub(crate) place: Option<Place>,
+}
+
+/// How a node that owes acknowledgements is asked for a sign of life.
+#[derive(Clone, Copy)]
+struct Probe {
+    since: Instant,
+    /// The next time; none once it has answered often enough: QUIC knows then what was lost, and a node that only
+    /// acknowledges packets must not be kept alive by them.
+    at: Option<Instant>,
+    answered: u32,
 }
 
 /// Why a session ended.
@@ -304,6 +350,8 @@ struct Session {
     /// Since when its requests wait because it does not take the answers to earlier ones.
     choked: Option<Instant>,
     ends_at: Option<Instant>,
+    /// While the node owes acknowledgements. QUIC only.
+    probe: Option<Probe>,
     timer: Pin<Box<Sleep>>,
     messages_in: u64,
     messages_out: u64,
@@ -372,6 +420,7 @@ impl Session {
             full: false,
             choked: None,
             ends_at,
+            probe: None,
             timer: Box::pin(tokio::time::sleep_until(now.into())),
             messages_in: 0,
             messages_out: 0,
@@ -470,7 +519,8 @@ impl Session {
         // While what is due cannot be written, its time does not matter.
         let due = self.delivery.poll_timeout().filter(|_| !self.starved);
         let choked = self.choked.map(|since| since + WRITE_TIMEOUT);
-        let all = [stalled, choked, silent, due, self.slowed_until, self.ends_at];
+        let probe = self.probe.and_then(|probe| probe.at);
+        let all = [stalled, choked, silent, due, self.slowed_until, self.ends_at, probe];
         all.into_iter().flatten().min().unwrap_or_else(|| Instant::now() + KEEPALIVE_TIMEOUT)
     }
 
@@ -553,21 +603,19 @@ impl Session {
             Received::Closed => Err(End::Closed),
             Received::Beat => {
                 self.slow(now, 1, 0);
+                if self.probe.is_some() {
+                    // The path is open again, and with the next acknowledgement it is known what was lost.
+                    self.transport.probe();
+                }
                 Ok(())
             }
             Received::Message(bytes) => {
                 self.slow(now, 0, bytes.len());
-                match Message::decode(&bytes) {
-                    Ok(message) => self.take(message, bytes.len(), now).await,
-                    Err(error) => self.junk(now, bytes.len(), &error),
-                }
+                self.read(bytes, now).await
             }
             Received::Batch(bytes) if !self.capabilities.batch => {
                 self.slow(now, 1, bytes.len());
-                match Message::decode(&bytes) {
-                    Ok(message) => self.take(message, bytes.len(), now).await,
-                    Err(error) => self.junk(now, bytes.len(), &error),
-                }
+                self.read(bytes, now).await
             }
             Received::Batch(bytes) => {
                 self.slow(now, 0, bytes.len());
@@ -583,6 +631,38 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Takes one message. What is too long for its kind is refused before any of it is copied.
+    async fn read(&mut self, bytes: Bytes, now: Instant) -> Result<(), End> {
+        let len = bytes.len();
+        if len > PLAIN_LEN_MAX
+            && let Ok(Envelope { header, route }) = serde_json::from_slice(&bytes)
+            && len > len_max(&route)
+        {
+            drop(bytes);
+            self.messages_in += 1;
+            self.slow(now, 1, 0);
+            return self.refuse_long(Message { header, route, content: raw(&()) }, len);
+        }
+        let decoded = Message::decode(&bytes);
+        drop(bytes);
+        match decoded {
+            Ok(message) => self.take(message, len, now).await,
+            Err(error) => self.junk(now, len, &error),
+        }
+    }
+
+    fn refuse_long(&mut self, message: Message, len: usize) -> Result<(), End> {
+        self.shared.links.counters.over_bound.add(1);
+        let route = &message.route;
+        let text = format!(
+            "`{}` of `{}` with {len} bytes is over the bound of {} bytes",
+            route.operation,
+            route.resource,
+            len_max(route)
+        );
+        self.deliver(refusal(&message, &text))
     }
 
     /// Charges the node's quotas.
@@ -616,6 +696,10 @@ impl Session {
             resource = route.resource,
             "received"
         );
+        if len > PLAIN_LEN_MAX && len > len_max(&message.route) {
+            self.slow(now, 1, 0);
+            return self.refuse_long(message, len);
+        }
         let operation = message.operation();
         let answers = matches!(operation, Some(Operation::Response | Operation::Keepalive));
         if self.id.is_none() && !answers && !Renewals::is_for(&message) {
@@ -693,6 +777,9 @@ impl Session {
             // What the node sent meanwhile is still on its way to us.
             self.alive_until = self.alive_until.max(now + KEEPALIVE_TIMEOUT);
         }
+        if self.probe.and_then(|probe| probe.at).is_some_and(|at| at <= now) {
+            self.ask(now);
+        }
         let since = [self.stalled.map(|(since, _)| since), self.choked];
         if since.into_iter().flatten().any(|since| since + WRITE_TIMEOUT <= now) {
             return Err(End::Slow);
@@ -714,6 +801,26 @@ impl Session {
         Ok(())
     }
 
+    /// Looks whether the node has said anything since it was given messages, and asks it to when it has not.
+    fn ask(&mut self, now: Instant) {
+        let Some(mut probe) = self.probe else { return };
+        if self.transport.heard(now) > probe.since {
+            probe.answered += 1;
+            probe.since = now;
+            let wait = self.probe_wait() * (1 << probe.answered);
+            probe.at = (probe.answered < PROBE_ANSWERS).then(|| now + wait);
+        } else {
+            self.transport.probe();
+            probe.at = Some(now + ((now - probe.since) / PROBE_SHARE).max(PROBE_INTERVAL));
+        }
+        self.probe = Some(probe);
+    }
+
+    fn probe_wait(&self) -> Duration {
+        let rtt = self.transport.path().map_or(Duration::ZERO, |(rtt, _)| rtt);
+        rtt * 2 + PROBE_PATIENCE
+    }
+
     /// Moves what is due from the queue to the transport, as far as there is room, and the next request to work.
     fn fill(&mut self) -> Result<(), End> {
         let now = Instant::now();
@@ -721,6 +828,7 @@ impl Session {
         let mut class = Class::Lease;
         let mut len = 0;
         let is_quic = self.transport.kind() == Kind::Quic;
+        let sent_before = self.messages_out;
         self.starved = false;
         loop {
             if self.transport.unwritten() + len >= OUT_HIGH {
@@ -747,6 +855,17 @@ impl Session {
             due.push(message);
         }
         self.send(class, &mut due, &mut len)?;
+        if is_quic {
+            let asks = self.probe.is_some_and(|probe| probe.at.is_some());
+            if self.delivery.in_flight() == 0 {
+                self.probe = None;
+            } else if self.messages_out != sent_before && !asks {
+                // What came up to now is no answer.
+                self.transport.heard(now);
+                let at = Some(now + self.probe_wait());
+                self.probe = Some(Probe { since: now, at, answered: 0 });
+            }
+        }
         if self.answering.is_none()
             && self.delivery.backlog_bytes() < ANSWER_BACKLOG_MAX
             && let Some(Request { message, len }) = self.requests.pop_front()

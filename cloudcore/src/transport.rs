@@ -138,6 +138,15 @@ impl Transport {
         }
     }
 
+    /// Asks the node for a sign of life where that makes lost messages go again sooner; a TCP connection repeats them by
+    /// itself.
+    pub(crate) fn probe(&self) {
+        match self {
+            Self::WebSocket(_) => {}
+            Self::Quic(quic) => quic.probe(),
+        }
+    }
+
     /// The round trip that the transport itself has measured, and the peer's present address, where they can change.
     pub(crate) fn path(&self) -> Option<(Duration, SocketAddr)> {
         match self {

@@ -1,21 +1,26 @@
 //! Streams from nodes: the tunnel listener, and the log streams that run over it.
 //!
-//! A node keeps one WebSocket open; every stream is a numbered connection in it. A KubeEdge edge puts arbitrary bytes
-//! into Text messages, and gets Text messages as from its own cloud; ours sends Binary messages, and gets what it sends.
+//! A node has one WebSocket open; every stream is a numbered connection in it. A KubeEdge edge keeps it open for ever;
+//! ours opens it when the link says that somebody wants a stream, and closes it some time after the last one. A KubeEdge
+//! edge puts arbitrary bytes into Text messages, and gets Text messages as from its own cloud; ours sends Binary messages, and gets what it sends.
 //! Both kinds are read from both.
 //!
 //! Source: kubeedge/kubeedge, cloud/pkg/cloudstream.
 
 use crate::admission::{Denied, Door};
+use crate::hub::Hub;
 use crate::listen::Place;
+use crate::monitor::Links;
 use crate::transport::{Farewell, TransportError};
 use crate::websocket::{self, Arrived, OpenError, Refused, WebSocket};
 use bytes::Bytes;
 use futures::Stream;
 use http::StatusCode;
+use serde_json::Value;
 use skerry_cloudcore_core::identity::Standing;
-use skerry_protocol::tunnel::{Connect, DATA_LEN_MAX, Frame, FrameKind, NODE_HEADER, PATH};
+use skerry_protocol::tunnel::{Connect, DATA_LEN_MAX, DEMAND, Frame, FrameKind, NODE_HEADER, PATH};
 use skerry_protocol::websocket::Opcode;
+use skerry_protocol::{Message, Operation};
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io;
@@ -25,7 +30,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
@@ -37,6 +42,8 @@ const STREAM_FRAMES_MAX: usize = 256;
 const READER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Streams of one node at a time.
 const STREAMS_MAX: usize = 256;
+/// How long a node of ours may take to open its tunnel when it is asked to: a few round trips.
+const DEMAND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Requests to one tunnel that it has not taken yet.
 const COMMANDS_MAX: usize = 64;
 const WRITE_TIMEOUT: Duration = Duration::from_secs(15);
@@ -77,6 +84,17 @@ pub struct Streams {
 struct Tunnels {
     next: u64,
     by_node: HashMap<String, (u64, mpsc::Sender<Command>)>,
+    /// Changes when a tunnel is opened.
+    opened: watch::Sender<u64>,
+    /// The way to nodes without a tunnel.
+    asker: Option<Asker>,
+}
+
+/// Asks nodes, over their links, to open a tunnel.
+#[derive(Clone)]
+struct Asker {
+    links: Links,
+    hub: Hub,
 }
 
 enum Command {
@@ -123,17 +141,16 @@ impl Streams {
     ///
     /// # Errors
     ///
-    /// [`StreamError`], at once and without a word to the node.
+    /// [`StreamError`]; without a word to the node, unless it is one of ours that did not open its tunnel in time.
     pub async fn open(&self, node: &str, path_and_query: &str) -> Result<NodeStream, StreamError> {
         if !path_and_query.starts_with("/containerLogs/") {
             return Err(StreamError::Unsupported { path: path_and_query.into() });
         }
         let not_connected = || StreamError::NotConnected { node: node.into() };
-        let commands = {
-            let tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
-            tunnels.by_node.get(node).map(|(_, commands)| commands.clone())
+        let commands = match self.commands(node) {
+            Some(commands) => commands,
+            None => self.demand(node).await.ok_or_else(not_connected)?,
         };
-        let commands = commands.ok_or_else(not_connected)?;
         let (answer, opened) = oneshot::channel();
         let open = Command::Open { path_and_query: path_and_query.into(), answer };
         commands.send(open).await.map_err(|_| not_connected())?;
@@ -142,6 +159,41 @@ impl Streams {
             Ok(None) => Err(StreamError::TooMany { node: node.into() }),
             Err(_) => Err(not_connected()),
         }
+    }
+
+    fn commands(&self, node: &str) -> Option<mpsc::Sender<Command>> {
+        let tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+        tunnels.by_node.get(node).map(|(_, commands)| commands.clone())
+    }
+
+    /// Gives the way to nodes that open their tunnel when they are asked to.
+    pub(crate) fn set_links(&self, links: Links, hub: Hub) {
+        let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+        tunnels.asker = Some(Asker { links, hub });
+    }
+
+    /// Asks a node of ours for its tunnel, and waits for it.
+    async fn demand(&self, node: &str) -> Option<mpsc::Sender<Command>> {
+        let (asker, mut opened) = {
+            let tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+            (tunnels.asker.clone()?, tunnels.opened.subscribe())
+        };
+        if !asker.links.is_own(node) {
+            return None;
+        }
+        let now_ms = jiff::Timestamp::now().as_millisecond();
+        let demand =
+            Message::new(now_ms, "cloudstream", "stream", Operation::Get, DEMAND, &Value::Null);
+        asker.hub.send(node, demand).await;
+        let open = async {
+            loop {
+                if let Some(commands) = self.commands(node) {
+                    return Some(commands);
+                }
+                opened.changed().await.ok()?;
+            }
+        };
+        tokio::time::timeout(DEMAND_TIMEOUT, open).await.ok().flatten()
     }
 
     /// The nodes with an open tunnel.
@@ -199,6 +251,7 @@ impl Streams {
             let id = tunnels.next;
             // A later tunnel takes the place of an earlier one, which sees that nobody can ask it any more.
             tunnels.by_node.insert(node.clone(), (id, commands.clone()));
+            tunnels.opened.send_replace(id);
             id
         };
         tracing::info!(node, tunnel = id, %peer, "tunnel open");

@@ -24,11 +24,12 @@ mod token;
 use crate::applications::Applications;
 use crate::hub::Hub;
 use crate::jobs::Jobs;
+use crate::router::Router;
 use answer::Refused;
 use rest::{Done, Rest};
 use serde_json::Value;
 use skerry_cloudcore_core::upstream::answer::version;
-use skerry_cloudcore_core::upstream::job;
+use skerry_protocol::job;
 use skerry_protocol::{Message, Operation, ResourcePath};
 use std::time::Duration;
 
@@ -56,6 +57,7 @@ pub(crate) struct Upstream {
     settings: Settings,
     jobs: Jobs,
     applications: Applications,
+    router: Option<Router>,
 }
 
 /// What came of a request.
@@ -102,7 +104,13 @@ impl Upstream {
         applications: Applications,
         settings: Settings,
     ) -> Self {
-        Self { client, hub, settings, jobs, applications }
+        Self { client, hub, settings, jobs, applications, router: None }
+    }
+
+    /// The same, with a router for data of applications.
+    pub(crate) fn with_router(mut self, router: Option<Router>) -> Self {
+        self.router = router;
+        self
     }
 
     /// Does what `request` asks for, as `node`. `None` when KubeEdge gives no answer either: for events, and for reports
@@ -134,11 +142,16 @@ impl Upstream {
 
     /// A new connection of `node` is up: what its applications watch is told again.
     pub(crate) async fn connected(&self, node: &str) {
+        self.jobs.connected(node);
+        if let Some(router) = &self.router {
+            router.connected(node).await;
+        }
         self.applications.connected(node).await;
     }
 
     /// The last connection of `node` has ended.
     pub(crate) async fn disconnected(&self, node: &str) {
+        self.jobs.disconnected(node);
         self.applications.disconnected(node).await;
     }
 
@@ -160,7 +173,7 @@ impl Upstream {
     async fn dispatch(&self, node: &str, request: &Message) -> Outcome {
         let route = &request.route;
         match (request.operation(), route.resource.as_str()) {
-            (Some(Operation::Upload), _) => return upload(request),
+            (Some(Operation::Upload), _) => return self.upload(node, request),
             (Some(Operation::UpdateNodeActionStatus), _) => {
                 return Outcome::Silent(self.jobs.action(node, request).await);
             }
@@ -218,6 +231,18 @@ impl Upstream {
         }
     }
 
+    /// Data of an application for a rule of the router.
+    fn upload(&self, node: &str, request: &Message) -> Outcome {
+        let answer = match &self.router {
+            Some(router) => router.upload(node, request),
+            None => {
+                let reason = "this cloud has no router; data of applications is not taken";
+                Some(request.error(answer::now_ms(), "cloudhub", "user", reason))
+            }
+        };
+        answer.map_or(Outcome::Silent(Ok(())), |message| Outcome::Message(Box::new(message)))
+    }
+
     /// The API, in the node's name where that is wanted.
     fn rest<'a>(&'a self, node: &'a str) -> Rest<'a> {
         match self.settings.impersonate {
@@ -243,13 +268,6 @@ fn shaped(request: &Message, outcome: Outcome) -> Option<Message> {
         Outcome::Receipt(message) | Outcome::Message(message) => *message,
         Outcome::Nothing => return None,
     })
-}
-
-/// Data of an application for a rule of the router, which this cloud does not have.
-fn upload(request: &Message) -> Outcome {
-    let reason = "this cloud has no router; data of applications is not taken";
-    let message = request.error(answer::now_ms(), "cloudhub", "user", reason);
-    Outcome::Message(Box::new(message))
 }
 
 fn is(request: &Message, operation: Operation) -> bool {

@@ -112,7 +112,10 @@ impl Watch {
         let mut keys = BTreeSet::new();
         while let Some(event) = events.next().await {
             match event {
-                Ok(Event::Init) => keys.clear(),
+                Ok(Event::Init) => {
+                    keys.clear();
+                    self.hub.input(Input::Listing(kind)).await;
+                }
                 Ok(Event::InitApply(object)) => {
                     let object = api::to_json(object);
                     keys.extend(Key::of_object(kind, &object));

@@ -169,6 +169,18 @@ where
     }
 }
 
+/// Bytes of the frame with which `input` begins, whose length the decoder has found to be within its bound; `None`
+/// without its header.
+fn frame_len(input: &[u8]) -> Option<usize> {
+    const HEADER_LEN_MAX: usize = 14;
+    let payload_len = match *input.get(1)? & 0x7f {
+        126 => u16::from_be_bytes(input.get(2..4)?.try_into().ok()?).into(),
+        127 => u64::from_be_bytes(input.get(2..10)?.try_into().ok()?),
+        short => u64::from(short),
+    };
+    Some(usize::try_from(payload_len).ok()?.saturating_add(HEADER_LEN_MAX))
+}
+
 fn judge<T, C>(
     request: &Request<Incoming>,
     check: &C,
@@ -245,6 +257,12 @@ impl WebSocket {
                 Ok(()) => {
                     self.bytes_in += chunk.filled().len() as u64;
                     self.heard = Instant::now();
+                    if self.input.capacity() - self.input.len() < chunk.filled().len() {
+                        // Room for the whole frame at once: grown bit by bit, a long one is there twice for a moment.
+                        let whole = frame_len(&self.input).unwrap_or_default();
+                        let missing = whole.saturating_sub(self.input.len());
+                        self.input.reserve(missing.max(chunk.filled().len()));
+                    }
                     self.input.extend_from_slice(chunk.filled());
                 }
                 // KubeEdge cuts the connection without a word.

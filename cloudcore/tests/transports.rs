@@ -10,12 +10,14 @@ use skerry_protocol::digest::{self, Digest, Held};
 use skerry_protocol::frame::{self, HelloReply};
 use skerry_protocol::message::UPSTREAM_LEN_MAX;
 use skerry_protocol::{Class, Message, Operation};
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use support::own::{BEAT, Own, Quic, Raw, greet, hello, quic_connect, quic_endpoint};
 use support::{Cluster, Identity, PATIENCE, server_name};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UdpSocket};
 
 fn ours() -> Capabilities {
     Capabilities::ours(BEAT)
@@ -136,6 +138,84 @@ async fn node_behind_a_nat_that_rebinds_keeps_its_connection() {
     cluster.create_pod("web", "edge1", "page").await;
     node.until("insert", "default/pod/web").await;
     let answer = node.ask(Operation::Query, "default/configmap/page", &()).await;
+    assert_eq!(answer.route.operation, "response");
+    cluster.stop().await;
+}
+
+/// Carries datagrams to the hub, and back when `answers`; counts the hub's packets of type Retry (RFC 9000, 17.2.5).
+async fn relay(hub: SocketAddr, answers: bool) -> (SocketAddr, Arc<AtomicUsize>) {
+    let near = UdpSocket::bind(SocketAddr::from(support::ANY)).await.expect("a socket");
+    let far = UdpSocket::bind(SocketAddr::from(support::ANY)).await.expect("a socket");
+    far.connect(hub).await.expect("the hub is there");
+    let (address, retries) = (near.local_addr().expect("bound"), Arc::new(AtomicUsize::new(0)));
+    let seen = Arc::clone(&retries);
+    tokio::spawn(async move {
+        let mut client = None;
+        let (mut up, mut down) = ([0; 2048], [0; 2048]);
+        loop {
+            tokio::select! {
+                Ok((len, from)) = near.recv_from(&mut up) => {
+                    client = Some(from);
+                    let _ = far.send(&up[..len]).await;
+                }
+                Ok(len) = far.recv(&mut down) => {
+                    if down[0] & 0xf0 == 0xf0 {
+                        seen.fetch_add(1, Ordering::SeqCst);
+                    }
+                    if let (Some(client), true) = (client, answers) {
+                        let _ = near.send_to(&down[..len], client).await;
+                    }
+                }
+            }
+        }
+    });
+    (address, retries)
+}
+
+#[tokio::test]
+async fn while_many_handshakes_hang_a_node_proves_its_address_and_comes_in() {
+    let cluster = Cluster::start().await;
+    let hub = cluster.cloud.quic_addr().expect("QUIC is on");
+    let identity = cluster.enrolled("edge1").await;
+    // They hear nothing of the hub, so that their handshakes last as long as the hub lets them.
+    let (deaf, _) = relay(hub, false).await;
+    let stranger = quic_endpoint(&cluster, &identity).await;
+    let _hanging: Vec<_> =
+        (0..40).map(|_| stranger.connect(deaf, "127.0.0.1").expect("a good address")).collect();
+    let (near, retries) = relay(hub, true).await;
+    let came_in = async {
+        loop {
+            let endpoint = quic_endpoint(&cluster, &identity).await;
+            let connection = quic_connect(&endpoint, near).await.expect("connected");
+            if retries.load(Ordering::SeqCst) > 0 {
+                return (endpoint, connection);
+            }
+            connection.close(0u32.into(), b"");
+        }
+    };
+    let (_endpoint, connection) =
+        tokio::time::timeout(PATIENCE, came_in).await.expect("asked for a proof");
+    let (reply, _control) =
+        greet(&connection, &hello("edge1", ours()).encode()).await.expect("answered");
+    assert!(matches!(reply, HelloReply::Accepted { .. }), "{reply:?}");
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn message_too_long_for_its_kind_is_refused_and_the_link_stays() {
+    let cluster = Cluster::start().await;
+    let identity = cluster.enrolled("edge1").await;
+    let mut node = Own::websocket(&cluster, &identity, ours()).await;
+    register(&mut node, "edge1").await;
+    let long = "x".repeat(600 * 1024);
+    for (operation, resource) in
+        [(Operation::Patch, "default/nodepatch/edge1"), (Operation::Insert, "default/event/e")]
+    {
+        let answer = node.ask(operation, resource, &long).await;
+        assert_eq!(answer.route.operation, "error");
+        assert!(answer.content.get().contains("over the bound of 524288 bytes"), "{answer:?}");
+    }
+    let answer = node.ask(Operation::Query, "null/node/edge1", &Value::Null).await;
     assert_eq!(answer.route.operation, "response");
     cluster.stop().await;
 }

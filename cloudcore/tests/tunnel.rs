@@ -4,11 +4,12 @@ mod support;
 
 use futures::{SinkExt, StreamExt};
 use skerry_cloudcore::StreamError;
+use skerry_protocol::capability::Capabilities;
 use skerry_protocol::tunnel::{
-    ADDRESS_HEADER, Connect, DATA_LEN_MAX, Frame, FrameKind, NODE_HEADER, PATH,
+    ADDRESS_HEADER, Connect, DATA_LEN_MAX, DEMAND, Frame, FrameKind, NODE_HEADER, PATH,
 };
 use skerry_protocol::websocket::{Message as Ws, Opcode};
-use support::own::Raw;
+use support::own::{BEAT, Own, Raw};
 use support::{Cluster, Identity, PATIENCE};
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
@@ -84,6 +85,24 @@ async fn logs_come_through_the_tunnel_and_end() {
     let mut cut = streams.open("edge1", path).await.expect("a stream");
     drop(socket);
     assert!(cut.next().await.expect("told").is_err());
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn node_of_ours_opens_its_tunnel_when_somebody_wants_a_stream() {
+    let cluster = Cluster::start().await;
+    let identity = cluster.enrolled("edge1").await;
+    let path = "/containerLogs/default/web/c";
+    let streams = cluster.cloud.streams();
+    // Nobody to ask.
+    assert!(matches!(streams.open("edge1", path).await, Err(StreamError::NotConnected { .. })));
+    let mut node = Own::websocket(&cluster, &identity, Capabilities::ours(BEAT)).await;
+    let opening = tokio::spawn(async move { streams.open("edge1", path).await });
+    let demand = node.until("get", DEMAND).await;
+    assert!(!skerry_protocol::delivery::ack_required(&demand));
+    let mut socket = open(&cluster, &identity, "edge1").await.expect("a tunnel");
+    assert_eq!(frame(&mut socket).await.kind, FrameKind::LogsConnect);
+    assert!(opening.await.expect("no panic").is_ok());
     cluster.stop().await;
 }
 

@@ -199,3 +199,43 @@ async fn a_node_that_comes_back_is_told_what_changed_meanwhile() {
     }
     cluster.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn endpoints_of_a_ranged_service_are_those_of_the_nodes_group() {
+    let cluster = Cluster::start().await;
+    let mut link = node_with_pod(&cluster).await;
+    let group =
+        |name: &str| json!({"metadata": {"labels": {"apps.kubeedge.io/belonging-to": name}}});
+    assert_eq!(
+        cluster.admin_request("PATCH", "/api/v1/nodes/edge1", Some(&group("a"))).await.0,
+        200
+    );
+    for (node, name) in [("edge2", "a"), ("edge3", "b")] {
+        let mut node = json!({"metadata": {"name": node}});
+        node["metadata"]["labels"] = group(name)["metadata"]["labels"].clone();
+        cluster.create("/api/v1/nodes", &node).await;
+    }
+    let mut web = service("web");
+    web["metadata"]["annotations"] =
+        json!({"apps.kubeedge.io/service-topology": "range-nodegroup"});
+    cluster.create(SERVICES, &web).await;
+    let endpoint = |address: &str, node: &str| json!({"addresses": [address], "nodeName": node});
+    let slice = json!({"metadata": {"name": "web-1", "labels": {"kubernetes.io/service-name": "web"}},
+        "addressType": "IPv4", "ports": [{"port": 80}],
+        "endpoints": [endpoint("10.0.0.2", "edge2"), endpoint("10.0.0.3", "edge3")]});
+    cluster.create("/apis/discovery.k8s.io/v1/namespaces/default/endpointslices", &slice).await;
+    let near = json!([endpoint("10.0.0.2", "edge2")]);
+    let none = json!({});
+    let key = "/discovery.k8s.io/v1/endpointslices/default";
+    let got = body(&ask(&mut link, &application("1", "get", &format!("{key}/web-1"), &none)).await);
+    assert_eq!(got["endpoints"], near);
+    let listed =
+        body(&ask(&mut link, &application("2", "list", &format!("{key}/null"), &none)).await);
+    assert_eq!(listed["items"][0]["endpoints"], near);
+    let watch = application("3", "watch", "/discovery.k8s.io/v1/endpointslices/null/null", &none);
+    let watched = ask(&mut link, &watch).await;
+    assert_eq!(watched["Status"], "Approved", "{watched}");
+    let (message, _) = link.until("insert", "default/endpointslice/web-1").await;
+    assert_eq!(message.content_as::<Value>().expect("json")["endpoints"], near);
+    cluster.stop().await;
+}

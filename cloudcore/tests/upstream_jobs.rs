@@ -80,6 +80,20 @@ async fn reports_about_devices_reach_their_status() {
     cluster.stop().await;
 }
 
+async fn begun_in_the_older_form(admin: &kube::Client, place: &str, job: &Value, state: &str) {
+    let send = async |method: &str, path: &str, content_type: &str, body: &Value| {
+        let request = http::Request::builder().method(method).uri(path);
+        let request =
+            request.header("content-type", content_type).body(body.to_string().into_bytes());
+        admin.request::<Value>(request.expect("a request")).await.expect("done")
+    };
+    send("POST", place, "application/json", job).await;
+    let status =
+        json!({"status": {"state": state, "nodeStatus": [{"nodeName": "edge1", "state": state}]}});
+    let name = job["metadata"]["name"].as_str().expect("a name");
+    send("PATCH", &format!("{place}/{name}/status"), "application/merge-patch+json", &status).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn reports_about_jobs_reach_the_nodes_part_of_them() {
     let cluster = Cluster::start().await;
@@ -122,13 +136,17 @@ async fn reports_about_jobs_reach_the_nodes_part_of_them() {
             .contains("no path")
     );
 
+    // A job that KubeEdge's cloud has begun in the older form.
     let upgrades = format!("{JOBS}/v1alpha1/nodeupgradejobs");
-    cluster.create(&upgrades, &kind("v1alpha1", "NodeUpgradeJob", "up")).await;
-    status(
-        format!("{upgrades}/up"),
-        json!({"nodeStatus": [{"nodeName": "edge1", "state": "Upgrading"}]}),
-    )
-    .await;
+    let (place, older) = (upgrades.clone(), kind("v1alpha1", "NodeUpgradeJob", "up"));
+    let cluster = cluster
+        .restart_cloud_after(&["127.0.0.1"], async move |admin| {
+            begun_in_the_older_form(admin, &place, &older, "Upgrading").await;
+        })
+        .await;
+    let capabilities = Capabilities { receipts: true, ..Capabilities::default() };
+    let identity = cluster.enrolled("edge1").await;
+    let mut link = identity.open(&cluster, "edge1", capabilities).await.expect("connected");
     let done = json!({"NodeName": "edge1", "Event": "Upgrade", "Action": "Success", "Reason": "r"});
     assert_eq!(link.must(Operation::Upgrade, "task/up/node/edge1", &done).await, "OK");
     let stored = cluster.read(&format!("{upgrades}/up")).await.expect("there");
@@ -150,10 +168,13 @@ async fn reports_over_https_need_the_nodes_certificate() {
     cluster.install_kubeedge_kinds().await;
     let upgrades = format!("{JOBS}/v1alpha1/nodeupgradejobs");
     let job = json!({"apiVersion": "operations.kubeedge.io/v1alpha1", "kind": "NodeUpgradeJob", "metadata": {"name": "up"}, "spec": {}});
-    cluster.create(&upgrades, &job).await;
-    let status = json!({"status": {"nodeStatus": [{"nodeName": "edge1", "state": "Init"}]}});
     let place = format!("{upgrades}/up/status");
-    assert_eq!(cluster.admin_request("PATCH", &place, Some(&status)).await.0, 200);
+    let all = upgrades.clone();
+    let cluster = cluster
+        .restart_cloud_after(&["127.0.0.1"], async move |admin| {
+            begun_in_the_older_form(admin, &all, &job, "Init").await;
+        })
+        .await;
     let identity = cluster.enrolled("edge1").await;
     let stranger = Identity::new("edge1");
     let post = |path: &str, body: Value| {

@@ -7,9 +7,11 @@
 //! Order that matters: a push is durable before it is acknowledged, and known to the engine after that. Pods start
 //! from the database before the link is dialled.
 
+use crate::appliance;
 use crate::config::Config;
 use crate::enrol::EnrolError;
 use crate::enrol::{self, Credentials};
+use crate::jobs::{Done, Jobs};
 use crate::link::{self, LinkEvent, LinkParts, Outgoing, chain};
 use crate::meta_store::{self, OpenError, Store, Trust, WriteError};
 use crate::metaserver::{self, ApiRequest, Desk};
@@ -18,6 +20,7 @@ use crate::objects::{Found, LookupRequest, StoredObjects};
 use crate::pods::{
     Engine, EngineConfig, EngineEvent, ObjectKind, ResetError, RuntimeInfo, StartError,
 };
+use crate::preload;
 use crate::tunnel;
 use jiff::Timestamp;
 use serde_json::Value;
@@ -28,9 +31,12 @@ use skerry_edge_core::node::COMPUTE_INTERVAL;
 use skerry_edge_core::status::PodKey;
 use skerry_edge_core::uplink::{Output, Ticket, Uplink};
 use skerry_protocol::Message;
+use skerry_protocol::capability::Capabilities;
+use skerry_protocol::tunnel::DEMAND;
 use std::collections::{HashMap, HashSet};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
@@ -44,6 +50,9 @@ const PUSHES_MAX: usize = 32;
 const IMAGES_EVERY: u32 = 30;
 /// Images in the Node's status, as kubelet's default.
 const IMAGES_MAX: usize = 50;
+
+/// How long pods wait for the images that come with the machine.
+const PRELOAD_WAIT: Duration = Duration::from_secs(20);
 
 /// Why the agent ended.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +76,9 @@ pub enum AgentError {
     /// Not everything was removed.
     #[error("could not remove the pods of this node")]
     Reset(#[from] ResetError),
+    /// The configuration in the file is another now: start again with it.
+    #[error("the configuration has changed")]
+    Restart,
     /// A part that should run as long as the agent has ended.
     #[error("{0} has stopped")]
     Stopped(&'static str),
@@ -122,7 +134,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
             "the cluster is owed what was not told before the last end"
         );
     }
+    let (jobs, from_jobs) = Jobs::start(config.clone(), lookups.clone());
     let mut agent = Agent {
+        jobs,
         uplink: Uplink::restore(facts, now, seed, rows, |seq| store.read_outbox(seq)),
         config: config.clone(),
         credentials: credentials.clone(),
@@ -135,7 +149,29 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
         waiting: HashMap::new(),
         images: Vec::new(),
         api: Desk::default(),
+        tunnel: watch::Sender::default(),
+        appliance: None,
     };
+    let mut parts = tokio::task::JoinSet::new();
+    let (facts, facts_seen) = watch::channel(link::LinkFacts::default());
+    if let Some(socket) = appliance::socket() {
+        let (signs, signs_seen) = watch::channel(appliance::Signs::default());
+        let (machine, machine_seen) = watch::channel(None);
+        let talk = appliance::Parts {
+            signs: signs_seen,
+            link: facts_seen.clone(),
+            credentials: credentials_seen.clone(),
+            facts: machine,
+        };
+        parts.spawn(appliance::run(socket, talk, stop.clone()));
+        agent.appliance = Some(Appliance { signs, facts: machine_seen });
+        let (imported, done) = oneshot::channel();
+        let import = preload(config.clone(), imported);
+        let import = stop.clone().run_until_cancelled_owned(import);
+        parts.spawn(async move { import.await.unwrap_or_default() });
+        // A runtime that is down runs no pods either; everything else goes on meanwhile.
+        let _ = tokio::time::timeout(PRELOAD_WAIT, done).await;
+    }
     agent.forget_settled_pods();
     agent.start_pods(restored, deleted).await;
     let rebuilding = opened.trust == Trust::Rebuilding;
@@ -148,13 +184,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
         );
     }
 
+    let tunnel_demand = agent.tunnel.subscribe();
     let (api_requests, from_api) = mpsc::channel(metaserver::REQUESTS_MAX);
     let api_changes = agent.api.changes();
 
     // The link after the pods: they do not wait for it.
     let (link_events, from_link) = mpsc::channel(link::INCOMING_MAX);
-    let (facts, facts_seen) = watch::channel(link::LinkFacts::default());
-    let mut parts = tokio::task::JoinSet::new();
     let timing = link::Timing::default();
     let link = LinkParts { events: link_events, credentials, lookups, facts, seed, timing };
     parts.spawn(link::run(config.clone(), link, stop.clone()));
@@ -168,9 +203,17 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
     }
     if let Some(endpoint) = config.tunnel.clone() {
         let tunnel = tunnel::Tunnel::new(config, endpoint, engine);
-        parts.spawn(tunnel.run(credentials_seen, seed, stop.clone()));
+        parts.spawn(tunnel.run(credentials_seen, tunnel_demand, seed, stop.clone()));
     }
-    let run = agent.run(from_link, engine_events, lookup_requests, from_api, runtime, stop.clone());
+    let run = agent.run(
+        from_link,
+        engine_events,
+        lookup_requests,
+        from_api,
+        from_jobs,
+        runtime,
+        stop.clone(),
+    );
     let result = run.await;
     stop.cancel();
     while parts.join_next().await.is_some() {}
@@ -222,7 +265,32 @@ async fn start_engine(
     Engine::start(engine, objects, store).await
 }
 
+/// Gives the runtime the images that come with the machine, as far as it lacks them; pods wait for it, as their sandboxes
+/// need one of them.
+async fn preload(config: Arc<Config>, done: oneshot::Sender<()>) {
+    let folder = Path::new(preload::FOLDER);
+    match preload::import_when_up(&config.runtime_socket, folder).await {
+        Ok((images, failed)) => {
+            for image in images.iter().filter(|image| image.new) {
+                tracing::info!(image = image.name, "imported");
+            }
+            for error in failed {
+                tracing::error!(error = chain(&error), "an image of this machine was not imported");
+            }
+        }
+        Err(error) => tracing::error!(error = chain(&error), "no images were imported"),
+    }
+    let _ = done.send(()); // the agent may have gone on
+}
+
+/// The conversation with PID 1, where there is one.
+struct Appliance {
+    signs: watch::Sender<appliance::Signs>,
+    facts: watch::Receiver<Option<appliance::Facts>>,
+}
+
 struct Agent {
+    appliance: Option<Appliance>,
     config: Arc<Config>,
     store: Arc<Store>,
     engine: Arc<Engine>,
@@ -236,6 +304,9 @@ struct Agent {
     waiting: HashMap<Ticket, oneshot::Sender<Found>>,
     images: Vec<Value>,
     api: Desk,
+    jobs: Jobs,
+    /// When there has to be a tunnel for streams.
+    tunnel: watch::Sender<tunnel::Demand>,
 }
 
 /// Pushes that are made durable together.
@@ -259,6 +330,7 @@ enum Action {
     Engine(EngineEvent),
     Lookup(LookupRequest),
     Api(ApiRequest),
+    Job(Done),
     /// Time to look at the machine, or the runtime's state is new.
     Look,
     /// A timer of the uplink, or room in the link's queue.
@@ -269,12 +341,14 @@ enum Action {
 }
 
 impl Agent {
+    #[allow(clippy::too_many_arguments)]
     async fn run(
         mut self,
         mut link: mpsc::Receiver<LinkEvent>,
         mut engine: mpsc::Receiver<EngineEvent>,
         mut lookups: mpsc::Receiver<LookupRequest>,
         mut api: mpsc::Receiver<ApiRequest>,
+        mut jobs: mpsc::Receiver<Done>,
         mut runtime: watch::Receiver<RuntimeInfo>,
         stop: CancellationToken,
     ) -> Result<(), AgentError> {
@@ -283,6 +357,7 @@ impl Agent {
         let mut looks: u32 = 0;
         loop {
             let blocked = self.drain().await?;
+            self.tell_appliance();
             let next = self.uplink.poll_timeout(now());
             let next = self.api.poll_timeout().map_or(next, |api| api.min(next));
             let next = tokio::time::Instant::from_std(next);
@@ -298,6 +373,7 @@ impl Agent {
                 event = engine.recv() => event.map_or(Action::Ended("the pod engine"), Action::Engine),
                 Some(request) = lookups.recv() => Action::Lookup(request),
                 Some(request) = api.recv() => Action::Api(request),
+                Some(done) = jobs.recv() => Action::Job(done),
                 changed = runtime.changed() => {
                     changed.map_or(Action::Ended("the pod engine"), |()| Action::Look)
                 }
@@ -364,12 +440,15 @@ impl Agent {
                 );
                 // When the link has moved, the end of the old channel tells the old connection that it is over.
                 self.outgoing = Some(outgoing);
+                let asks = capabilities != Capabilities::default();
+                self.tunnel.send_modify(|demand| demand.handle_connected(asks));
                 let digest = capabilities.digest.then(|| self.meta.start_digest());
                 if digest.is_none() {
                     self.meta.digest_answered();
                 }
                 self.uplink.handle_connected(now(), capabilities, digest);
                 self.api.handle_connected();
+                self.jobs.handle_connected();
                 self.engine.link_up().await;
             }
             Action::Link(LinkEvent::Written(id)) => self.uplink.handle_written(now(), &id),
@@ -439,6 +518,12 @@ impl Agent {
                 self.waiting.insert(ticket, request.answer);
             }
             Action::Api(request) => self.api.handle_request(now(), request),
+            Action::Job(Done::Report(report)) => {
+                let content = &report.content;
+                self.uplink.push_effect(report.key, report.operation, report.resource, content);
+            }
+            Action::Job(Done::Ended(kind, job)) => self.jobs.handle_ended(kind, job),
+            Action::Job(Done::Restart) => return Err(AgentError::Restart),
             Action::Look | Action::Poll | Action::Ended(_) | Action::Stop => {}
         }
         Ok(())
@@ -506,6 +591,10 @@ impl Agent {
             if !self.uplink.handle_reply(now(), message) && !self.api.handle_reply(now(), message) {
                 tracing::debug!(resource = route.resource, "a reply that nobody waits for");
             }
+            return Ok(());
+        }
+        if route.resource == DEMAND {
+            self.tunnel.send_modify(tunnel::Demand::handle_asked);
             return Ok(());
         }
         if matches!(route.group.as_str(), "resource" | "func") {
@@ -603,12 +692,9 @@ impl Agent {
             Effect::OwnNode(node) => self.uplink.handle_own_node(&node),
             Effect::OwnNodeGone => self.uplink.handle_own_node_gone(),
             Effect::HandOn(message) => {
-                let route = &message.route;
-                tracing::debug!(
-                    group = route.group,
-                    resource = route.resource,
-                    "nobody here takes this yet"
-                );
+                if let Some(answer) = self.jobs.take(&message) {
+                    self.uplink.acknowledge(answer);
+                }
             }
             Effect::Ignored { resource, reason } => {
                 tracing::warn!(resource, reason, "of no use here");
@@ -713,12 +799,26 @@ impl Agent {
         self.engine.resume(pods, deleted).await;
     }
 
+    fn tell_appliance(&self) {
+        let Some(appliance) = &self.appliance else { return };
+        let now = appliance::Signs {
+            connected: self.uplink.is_connected(),
+            registered: self.uplink.node().is_registered(),
+            pods: self.meta.paths("pod").count(),
+        };
+        appliance.signs.send_if_modified(|known| std::mem::replace(known, now) != now);
+    }
+
     fn look(&mut self, runtime: &RuntimeInfo) {
         if *runtime == RuntimeInfo::default() {
             return; // not asked yet; a restart of the agent alone must not make the node look broken
         }
-        let facts = node::facts(&self.config, runtime, self.images.clone());
-        let health = node::health(&self.config, runtime, self.trust == Trust::Rebuilding);
+        let mut facts = node::facts(&self.config, runtime, self.images.clone());
+        let mut health = node::health(&self.config, runtime, self.trust == Trust::Rebuilding);
+        if let Some(machine) = self.appliance.as_ref().and_then(|one| one.facts.borrow().clone()) {
+            facts.annotations = machine.annotations();
+            health.appliance = Some(machine.wrong());
+        }
         let message = health.not_ready.join(", ");
         match self.uplink.update_node(now(), facts, health) {
             Some(true) => {

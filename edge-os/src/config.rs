@@ -60,6 +60,8 @@ const BEAT_RANGE_S: RangeInclusive<u64> = 5..=300;
 /// How EdgeCore is to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
+    /// The file that it was read from.
+    pub file: PathBuf,
     /// Name of the Node.
     pub node_name: String,
     /// Hub addresses, tried in turn.
@@ -201,7 +203,7 @@ impl Config {
             return Err(mistakes(vec!["the file is not a map of keys".into()]));
         };
         let mut fields = Fields { fields, mistakes: Vec::new() };
-        let config = fields.config();
+        let config = fields.config(path);
         if !fields.mistakes.is_empty() {
             return Err(mistakes(fields.mistakes));
         }
@@ -271,7 +273,7 @@ struct Fields {
 }
 
 impl Fields {
-    fn config(&mut self) -> Config {
+    fn config(&mut self, file: &Path) -> Config {
         let node_name = self.text("nodeName").unwrap_or_else(|| self.missing("nodeName"));
         let allowed =
             |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-.".contains(&byte);
@@ -387,6 +389,7 @@ impl Fields {
             self.mistakes.push(format!("key `{key}` is not known"));
         }
         Config {
+            file: file.to_owned(),
             node_name,
             hubs,
             quic,

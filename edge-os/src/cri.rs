@@ -349,7 +349,7 @@ impl Exits {
     }
 }
 
-fn channel(socket: PathBuf) -> Channel {
+pub(crate) fn channel(socket: PathBuf) -> Channel {
     let connect = tower::service_fn(move |_: Uri| {
         let socket = socket.clone();
         async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }

@@ -372,9 +372,14 @@ fn read_token(config: &Config) -> Result<Option<String>, EnrolError> {
         None => None,
         Some(TokenSource::Text(text)) => Some(text.trim().to_owned()),
         Some(TokenSource::File(path)) => {
-            let text = fs::read_to_string(path)
-                .map_err(|source| EnrolError::TokenFile { path: path.clone(), source })?;
-            Some(text.trim().to_owned())
+            match fs::read_to_string(path) {
+                Ok(text) => Some(text.trim().to_owned()),
+                // It was used and removed, or there never was one; both are told as what they mean.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+                Err(source) => {
+                    return Err(EnrolError::TokenFile { path: path.clone(), source });
+                }
+            }
         }
     })
 }

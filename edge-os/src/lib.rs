@@ -5,10 +5,12 @@
 
 pub mod adopt;
 pub mod agent;
+pub mod appliance;
 pub mod config;
 pub mod containerd;
 pub mod cri;
 pub mod enrol;
+pub mod jobs;
 pub mod kubeedge;
 pub mod link;
 pub mod meta_store;
@@ -17,5 +19,6 @@ pub mod node;
 pub mod objects;
 mod outbox_store;
 pub mod pods;
+pub mod preload;
 pub mod tls;
 pub mod tunnel;

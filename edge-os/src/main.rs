@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 use skerry_edge::adopt::{self, AdoptError};
 use skerry_edge::agent::{self, AgentError};
 use skerry_edge::config::{Config, ConfigError};
-use skerry_edge::link;
+use skerry_edge::{jobs, link};
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -121,10 +121,18 @@ fn run(verb: Verb) -> anyhow::Result<()> {
             let path = config;
             let config = Config::read(&path)?;
             adopt::check_ours(&path, &config).map_err(anyhow::Error::msg)?;
-            runtime().context("could not start the runtime")?.block_on(async {
+            let dir = config.dir.clone();
+            let runtime = runtime().context("could not start the runtime")?;
+            let ended = runtime.block_on(async {
                 let stop = stop_on_signal().context("could not listen for signals")?;
-                Ok(agent::run(config, stop).await?)
-            })
+                anyhow::Ok(agent::run(config, stop).await)
+            })?;
+            match ended {
+                Ok(()) => Ok(()),
+                Err(AgentError::Restart) => start_again(),
+                Err(error) if jobs::undo_after_failure(&dir, &error.to_string()) => start_again(),
+                Err(error) => Err(error.into()),
+            }
         }
         Verb::Adopt { config } => hand_over(&runtime()?, adopt::plan_adopt(&config)),
         Verb::Release { config } => hand_over(&runtime()?, adopt::plan_release(&config)),
@@ -134,6 +142,18 @@ fn run(verb: Verb) -> anyhow::Result<()> {
             Ok(runtime().context("could not start the runtime")?.block_on(reset)?)
         }
     }
+}
+
+/// Goes on as a new start of the same program with the same arguments; whoever watches this process sees the same one.
+fn start_again() -> anyhow::Result<()> {
+    use std::os::unix::process::CommandExt;
+    tracing::info!("starting again with the configuration in the file; containers keep running");
+    let mut arguments = std::env::args_os();
+    let mut program = std::process::Command::new("/proc/self/exe");
+    if let Some(name) = arguments.next() {
+        program.arg0(name);
+    }
+    Err(program.args(arguments).exec()).context("could not start again")
 }
 
 /// Prints what is planned as JSON, and does it when no container is restarted by it.

@@ -30,6 +30,7 @@ pub fn facts(config: &Config, runtime: &RuntimeInfo, images: Vec<serde_json::Val
     Facts {
         name: config.node_name.clone(),
         labels: config.labels.clone(),
+        annotations: BTreeMap::new(),
         addresses: address.iter().map(IpAddr::to_string).collect(),
         cpus: std::thread::available_parallelism().map_or(1, |count| count.get() as u64),
         memory_kib: memory.get("MemTotal").copied().unwrap_or(0),
@@ -66,6 +67,7 @@ pub fn health(config: &Config, runtime: &RuntimeInfo, rebuilding: bool) -> Healt
         pid_pressure: pids_free().is_some_and(|free| free < PIDS_FREE_MIN),
         not_ready,
         rebuilding,
+        appliance: None,
     }
 }
 
@@ -94,6 +96,18 @@ fn disk(path: &Path) -> Option<Disk> {
         // Some filesystems have no fixed number of inodes and report none.
         inodes_free: if files > 0.0 { stat.files_available() as f64 / files } else { 1.0 },
     })
+}
+
+/// Share of the filesystem of `path` in use, in percent.
+pub(crate) fn disk_use(path: &Path) -> Option<f64> {
+    disk(path).map(|disk| 100.0 * (1.0 - disk.free))
+}
+
+/// Share of the memory in use, in percent.
+pub(crate) fn memory_use() -> Option<f64> {
+    let info = meminfo();
+    let (all, free) = (*info.get("MemTotal")?, *info.get("MemAvailable")?);
+    (all > 0).then(|| 100.0 * (1.0 - free as f64 / all as f64))
 }
 
 fn pids_free() -> Option<f64> {

@@ -198,6 +198,7 @@ pub async fn connect(
     let dial = async {
         let tcp = TcpStream::connect((endpoint.host.as_str(), endpoint.port)).await?;
         tcp.set_nodelay(true)?;
+        crate::link::tcp::tune(&tcp);
         TlsConnector::from(config).connect(name, tcp).await
     };
     match tokio::time::timeout(CONNECT_TIMEOUT, dial).await {

@@ -4,6 +4,9 @@
 //! file. Exec and attach are refused with an HTTP answer, which the cloud relays to whoever asked; metrics with a
 //! comment. The tunnel is a convenience: nothing else depends on it.
 //!
+//! A KubeEdge cloud wants it open all the time. Our hub asks for it over the link when somebody wants a stream, and it is
+//! closed some time after the last one: kept alive, it would cost more than the link itself. [`Demand`] says which.
+//!
 //! Frames go out as Text messages although they hold any bytes: a Go cloud takes nothing else. Differs from KubeEdge:
 //! the server's certificate is checked, a dead connection is noticed, and no stream can hold up the reader.
 //!
@@ -52,6 +55,54 @@ const GOOD_TUNNEL: Duration = Duration::from_secs(25);
 /// Time between two looks at a followed file.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(250);
 
+/// Time without a stream after which a tunnel that was asked for is closed.
+const IDLE_MAX: Duration = Duration::from_secs(60);
+/// Dials for one demand; whoever wanted the stream has gone by then.
+const DIALS_MAX: u32 = 3;
+
+/// When there has to be a tunnel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Demand {
+    /// There was no link yet.
+    #[default]
+    Unknown,
+    /// The hub cannot ask for it.
+    Always,
+    /// The hub has asked as many times as this.
+    Asked(u64),
+}
+
+impl Demand {
+    /// The link is up; `asks` when this hub asks for the tunnel when it wants it.
+    pub fn handle_connected(&mut self, asks: bool) {
+        *self = match (asks, *self) {
+            (false, _) => Self::Always,
+            (true, asked @ Self::Asked(_)) => asked,
+            (true, _) => Self::Asked(0),
+        };
+    }
+
+    /// The hub wants it now.
+    pub fn handle_asked(&mut self) {
+        if let Self::Asked(count) = self {
+            *count += 1;
+        }
+    }
+
+    /// Whether there has to be one, when so many demands have been met.
+    fn is_open(self, met: u64) -> bool {
+        match self {
+            Self::Unknown => false,
+            Self::Always => true,
+            Self::Asked(count) => count > met,
+        }
+    }
+
+    fn count(self) -> u64 {
+        if let Self::Asked(count) = self { count } else { 0 }
+    }
+}
+
 /// The tunnel of one node.
 pub struct Tunnel {
     config: Arc<Config>,
@@ -65,30 +116,49 @@ impl Tunnel {
         Self { config, endpoint, engine }
     }
 
-    /// Runs until `stop`; begins when there are credentials.
+    /// Runs until `stop`; begins when there are credentials and a demand.
     pub async fn run(
         self,
         mut credentials: watch::Receiver<Option<Arc<Credentials>>>,
+        mut demand: watch::Receiver<Demand>,
         seed: u64,
         stop: CancellationToken,
     ) {
         let mut backoff = Backoff::new(seed.rotate_left(17));
         let mut told = false;
+        // Demands that have their tunnel, or will not get one any more.
+        let mut met = 0;
+        let mut failures = 0;
         let dialling = async {
             if credentials.wait_for(Option::is_some).await.is_err() {
                 return;
             }
             loop {
+                let Ok(now) = demand.wait_for(|demand| demand.is_open(met)).await.map(|now| *now)
+                else {
+                    return;
+                };
                 let current = credentials.borrow().clone().expect("waited for");
                 let started = Instant::now();
-                let reason = self.session(&current).await;
+                let ended = self.serve(&current, now, demand.clone()).await;
+                let is_asked = now != Demand::Always;
+                if is_asked && ended.is_ok() {
+                    (met, failures) = (now.count(), 0);
+                    tracing::debug!(?ended, "the log tunnel is closed");
+                    continue;
+                }
+                let reason = ended.unwrap_or_else(|error| chain(&*error));
                 if started.elapsed() > GOOD_TUNNEL {
                     backoff.reset();
                     told = false;
                 }
                 // Once per outage: the link says what is wrong anyway.
-                if !std::mem::replace(&mut told, true) {
+                if !std::mem::replace(&mut told, true) || is_asked {
                     tracing::info!(reason, "no log tunnel; trying again");
+                }
+                failures += 1;
+                if is_asked && failures >= DIALS_MAX {
+                    (met, failures) = (now.count(), 0);
                 }
                 tokio::time::sleep(backoff.next_wait()).await;
             }
@@ -96,17 +166,12 @@ impl Tunnel {
         stop.run_until_cancelled(dialling).await;
     }
 
-    /// One connection; returns why it ended.
-    async fn session(&self, credentials: &Credentials) -> String {
-        match self.serve(credentials).await {
-            Ok(reason) => reason,
-            Err(error) => chain(&*error),
-        }
-    }
-
+    /// One connection; returns why it ended. One that was asked for, as in `demand`, ends when nobody uses it.
     async fn serve(
         &self,
         credentials: &Credentials,
+        demand: Demand,
+        demands: watch::Receiver<Demand>,
     ) -> Result<String, Box<dyn std::error::Error + Send + Sync>> {
         let stream = tls::connect(&self.endpoint, credentials.client_config()?).await?;
         let address = self.config.node_ip.or_else(node::default_address);
@@ -126,7 +191,14 @@ impl Tunnel {
         let beat = self.config.beat.min(PING_INTERVAL_MAX);
         let mut ping = tokio::time::interval(beat);
         let mut heard = Instant::now();
+        let mut used = Instant::now();
+        let mut again = demands;
         loop {
+            if !streams.0.is_empty() {
+                used = Instant::now();
+            }
+            let idle_at = (demand != Demand::Always && streams.0.is_empty())
+                .then(|| (used + IDLE_MAX).into());
             while out.bytes.len() < OUT_LEN_MAX {
                 let frame = match decoder.decode(&mut incoming)? {
                     None => break,
@@ -160,6 +232,10 @@ impl Tunnel {
                 }
                 written = out.write(&mut writer) => drop(written?),
                 () = until(stuck_at) => return Ok("the cloud does not read".into()),
+                () = until(idle_at) => return Ok("nobody asks for streams".into()),
+                // The hub has lost it.
+                Ok(_) = again.wait_for(|now| now.is_open(demand.count()) && *now != Demand::Always),
+                    if demand != Demand::Always => return Ok("the hub asks for another one".into()),
                 frame = frames.recv(), if room => {
                     let frame = frame.expect("a sender is held here");
                     // The last frame of a stream that was ended meanwhile has been sent already.
@@ -394,6 +470,23 @@ mod tests {
             bytes.extend(frame.data);
         }
         String::from_utf8(bytes).expect("our own text")
+    }
+
+    #[test]
+    fn tunnel_is_there_when_the_hub_asks_or_cannot_ask() {
+        let mut demand = Demand::default();
+        assert!(!demand.is_open(0));
+        demand.handle_connected(true);
+        assert!(!demand.is_open(0), "nobody has asked");
+        demand.handle_asked();
+        assert!(demand.is_open(0));
+        assert!(!demand.is_open(demand.count()), "it has its tunnel");
+        demand.handle_connected(true);
+        assert!(!demand.is_open(1), "a new connection is no demand");
+        demand.handle_asked();
+        assert!(demand.is_open(1));
+        demand.handle_connected(false);
+        assert!(demand.is_open(7));
     }
 
     #[tokio::test]

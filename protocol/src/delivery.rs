@@ -601,7 +601,13 @@ fn is_barrier(message: &Message) -> bool {
 /// Whether the node acknowledges this message, so that it has to be written again until it does.
 pub fn ack_required(message: &Message) -> bool {
     let route = &message.route;
-    let never = ["membership", "membership/detail", "k8s/ca.crt", crate::digest::RESOURCE];
+    let never = [
+        "membership",
+        "membership/detail",
+        "k8s/ca.crt",
+        crate::digest::RESOURCE,
+        crate::tunnel::DEMAND,
+    ];
     if never.contains(&route.resource.as_str())
         || route.resource.ends_with("/twin/cloud_updated")
         || route.group == "user"

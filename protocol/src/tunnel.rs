@@ -17,6 +17,10 @@ pub const PATH: &str = "/v1/kubeedge/connect";
 pub const NODE_HEADER: &str = "SessionHostNameOverride";
 /// Header with the node's internal address.
 pub const ADDRESS_HEADER: &str = "SessionInternalIP";
+/// Resource of the message by which our hub asks our own edge, over the link, to open the tunnel: until then there is
+/// none, as an idle one costs more than an idle link. A KubeEdge edge keeps its tunnel open and is never asked. Not
+/// acknowledged: the tunnel is the answer.
+pub const DEMAND: &str = "tunnel/demand";
 /// The most data that one frame carries; a KubeEdge receiver drops what is over it, we refuse the frame.
 pub const DATA_LEN_MAX: usize = 1024 * 1024;
 /// The most data that we put into one frame.

@@ -24,7 +24,8 @@ pub(crate) fn run(name: &str, profile: &str, more: &[String]) -> Result<()> {
         "up" if more.is_empty() => up(profile),
         "up" => bail!("bench `up` takes no further arguments"),
         "link" => link(profile, more),
-        other => bail!("no bench `{other}`\nhint: there are `up` and `link`"),
+        "image" => crate::bench_image::run(profile, more),
+        other => bail!("no bench `{other}`\nhint: there are `up`, `link` and `image`"),
     }
 }
 

@@ -1,4 +1,5 @@
-//! What a person types in this repository: `cargo xtask setup|up|test|bench|conformance|sim|fuzz|interop|facts`.
+//! What a person types in this repository:
+//! `cargo xtask setup|up|test|bench|image|pilot|conformance|sim|fuzz|interop|facts`.
 //!
 //! It installs what is missing, builds the programs and drives them from outside, as an operator would; it links none
 //! of them. Standard output is data, standard error is talk.
@@ -8,13 +9,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 mod bench;
+mod bench_image;
 mod build;
 mod conformance;
 mod facts;
 mod fleet;
-mod fuzz;
+mod image;
 mod images;
 mod interop;
+mod pilot;
 mod relay;
 mod setup;
 mod sh;
@@ -37,6 +40,9 @@ enum Verb {
         /// Also install what only the tests need (a current kubectl)
         #[arg(long)]
         tests: bool,
+        /// Also install what building images and booting them needs (QEMU)
+        #[arg(long)]
+        machines: bool,
     },
     /// Start a whole fleet on this machine: API, CloudCore, reconciler, a Git remote and an edge node
     Up(up::Args),
@@ -48,7 +54,7 @@ enum Verb {
     },
     /// Measure, and print one JSON line per figure
     Bench {
-        /// `up` or `link`
+        /// `up`, `link` or `image`
         name: String,
         /// Cargo profile of the programs
         #[arg(long, default_value = "release")]
@@ -57,12 +63,16 @@ enum Verb {
         #[arg(last = true)]
         more: Vec<String>,
     },
+    /// Boot the appliance in every situation of the pilot's scenarios and write the report
+    Pilot(pilot::Args),
+    /// Build an appliance image from this tree
+    Image(image::Args),
     /// Run the kubectl contract suite against a cluster (default: a fleet started for it)
     Conformance(conformance::Args),
     /// Simulate the link between hubs and nodes, one world per seed
     Sim(sim::Args),
     /// Feed everything that reads what a peer sends with seeded inputs
-    Fuzz(fuzz::Args),
+    Fuzz(sim::Args),
     /// Run our two ends and KubeEdge's in four combinations through one script
     Interop(interop::Args),
     /// What `interop` starts in namespaces of its own
@@ -81,15 +91,19 @@ enum Verb {
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().verb {
-        Verb::Setup { tests } => setup::run(tests).map(|()| ExitCode::SUCCESS),
+        Verb::Setup { tests, machines } => setup::run(tests)
+            .and_then(|()| if machines { setup::run_for(setup::For::Machines) } else { Ok(()) })
+            .map(|()| ExitCode::SUCCESS),
         Verb::Up(args) => up::run(args),
         Verb::Test { quick } => test::run(quick).map(|()| ExitCode::SUCCESS),
         Verb::Bench { name, profile, more } => {
             bench::run(&name, &profile, &more).map(|()| ExitCode::SUCCESS)
         }
+        Verb::Pilot(args) => pilot::run(&args),
+        Verb::Image(args) => image::run(&args).map(|()| ExitCode::SUCCESS),
         Verb::Conformance(args) => conformance::run(args),
-        Verb::Sim(args) => sim::run(args),
-        Verb::Fuzz(args) => fuzz::run(args),
+        Verb::Sim(args) => sim::run("sim", "release", &args),
+        Verb::Fuzz(args) => sim::run("fuzz", "dev", &args),
         Verb::Interop(args) => interop::run(args),
         Verb::InteropRoom { plan } => interop::inside(&plan),
         Verb::Facts { definitions, k8s_pb, out } => {

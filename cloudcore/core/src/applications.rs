@@ -1,13 +1,14 @@
 //! Reads, writes and watches that applications on a node send through it: KubeEdge's MetaServer protocol.
 //!
 //! An [`Application`] is one request. [`Target`] is what it is about, [`check`] says whether a node may have it in
-//! CloudCore's own name, [`watches::Watches`] turns watches into objects for nodes, and [`filter`] changes what must
-//! look different on a node. The shell (`cloudcore/src/applications`) asks the API.
+//! CloudCore's own name, [`watches::Watches`] turns watches into objects for nodes, [`filter`] changes what must
+//! look different on every node and [`topology`] what on some. The shell (`cloudcore/src/applications`) asks the API.
 //!
 //! Source: kubeedge/kubeedge, pkg/metaserver/{application,key,constants}.go and cloud/pkg/dynamiccontroller.
 
 pub mod filter;
 pub mod selector;
+pub mod topology;
 pub mod watches;
 
 use crate::upstream::answer::Status;
@@ -233,33 +234,6 @@ impl Target {
     }
 }
 
-/// Whether a `get` of this key is discovery, which goes to the API as it is.
-pub fn is_discovery(key: &str) -> bool {
-    let path = key.trim_end_matches('/');
-    let exact = [
-        "/api",
-        "/apis",
-        "/version",
-        "/healthz",
-        "/livez",
-        "/readyz",
-        "/openapi/v2",
-        "/openapi/v3",
-    ];
-    if exact.contains(&path) {
-        return true;
-    }
-    let mut segments = path.split('/').skip(1);
-    let first = segments.next();
-    let rest: Vec<&str> = segments.collect();
-    rest.iter().all(|segment| is_segment(segment))
-        && match first {
-            Some("api") => rest.len() == 1,
-            Some("apis") => (1..=2).contains(&rest.len()),
-            _ => false,
-        }
-}
-
 /// Resources that every node needs to find its peers, in all namespaces: (group, plural).
 const SHARED: [(&str, &str); 4] =
     [("", "nodes"), ("", "services"), ("", "endpoints"), ("discovery.k8s.io", "endpointslices")];
@@ -371,25 +345,6 @@ mod tests {
             ("fish", "fish"),
         ] {
             assert_eq!(token(plural), expected);
-        }
-    }
-
-    #[test]
-    fn discovery_is_told_from_objects() {
-        for path in
-            ["/api", "/apis/", "/version", "/openapi/v2", "/api/v1", "/apis/apps", "/apis/apps/v1"]
-        {
-            assert!(is_discovery(path), "{path}");
-        }
-        for path in [
-            "/core/v1/pods/a/b",
-            "/api/v1/pods",
-            "/apis/apps/v1/deployments",
-            "/metrics",
-            "/api/..",
-            "",
-        ] {
-            assert!(!is_discovery(path), "{path}");
         }
     }
 

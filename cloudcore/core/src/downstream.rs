@@ -33,6 +33,9 @@
 //!   never got to, that object (all pods of the node, if it is one) is read from the API first. What is then older or
 //!   absent is so in the cluster, which may have been restored from a backup. What the watch tells later of the time
 //!   before the read is left out.
+//! - While a watch reads a list again, new connections wait for it. The list counts also where it shows what is older
+//!   than what was known when it was begun ([`listing`]): the cluster went back. Connected nodes of ours are cut then,
+//!   because they take an older version only in answer to a digest.
 //! - Where the cluster has no ObjectSync kinds, all that a KubeEdge edge should have is pushed again as `update`, and
 //!   objects that went away are deleted only as far as this process knows what that node had been sent: after a restart
 //!   of CloudCore such an edge keeps what was deleted during its absence.
@@ -59,7 +62,9 @@
 
 mod flow;
 mod key;
+mod listing;
 mod membership;
+mod records;
 mod resume;
 mod version;
 
@@ -71,6 +76,7 @@ pub(crate) use version::number;
 use crate::objectsync::{Syncs, Word, Write};
 use crate::references;
 use flow::Session;
+use listing::Listing;
 use resume::Phase;
 use serde_json::Value;
 use skerry_protocol::capability::Capabilities;
@@ -106,6 +112,9 @@ pub enum Input {
     Changed(Kind, Value),
     /// The API has this object no longer.
     Deleted(Key, Value),
+    /// The watch of this kind is about to read a list, at first or because it broke; what the API has at this moment or
+    /// later follows as [`Input::Changed`], then [`Input::Listed`]. New connections wait for that.
+    Listing(Kind),
     /// A list of this kind is complete and held these objects, each already given as [`Input::Changed`].
     Listed(Kind, BTreeSet<Key>),
     /// The API knows no such kind, or does not show it to us.
@@ -276,8 +285,12 @@ pub struct Downstream {
     shared: BTreeMap<Key, Shared>,
     nodes: BTreeMap<Arc<str>, Node>,
     listed: BTreeSet<Kind>,
+    /// Lists that are being read.
+    listing: BTreeMap<Kind, Listing>,
     /// How far each watch is: the highest resource version that it has shown, where versions are numbers.
     progress: BTreeMap<Kind, u64>,
+    /// The highest resource version that a watch or a read has shown.
+    newest: BTreeMap<Kind, u64>,
     unavailable: BTreeSet<Kind>,
     /// Nodes whose pods are being listed, with the pods deleted meanwhile; that list may still show them.
     relisting: BTreeMap<Arc<str>, BTreeSet<(Key, Arc<str>)>>,
@@ -290,6 +303,8 @@ pub struct Downstream {
     awaiting_digest: BTreeSet<(Instant, Arc<str>)>,
     /// Nodes whose connection is in [`Phase::AwaitingLists`].
     awaiting_lists: BTreeSet<Arc<str>>,
+    /// Nodes whose connection has an object in doubt that is being read.
+    doubting: BTreeSet<Arc<str>>,
     /// Nodes whose connection may have something to send, each once.
     touched: VecDeque<Arc<str>>,
     outputs: VecDeque<Output>,
@@ -375,8 +390,10 @@ impl Downstream {
         match input {
             Input::Changed(kind, object) => self.change(kind, object),
             Input::Deleted(key, last) => self.delete(&key, Some(last)),
+            Input::Listing(kind) => self.begin_list(kind),
             Input::Listed(kind, keys) => self.list(kind, &keys),
             Input::Unavailable(kind) => {
+                self.listing.remove(&kind);
                 self.unavailable.insert(kind);
                 self.end_list_wait();
             }
@@ -440,8 +457,13 @@ impl Downstream {
         }
     }
 
-    /// The node to which a pod or a device is bound, and its uid, if that is an edge node.
+    /// The node to which a pod or a device is bound, and its uid, if that is an edge node. A Node is bound to itself.
     pub fn binding(&self, key: &Key) -> Option<(&str, &str)> {
+        if key.kind() == Kind::Node {
+            let (name, node) = self.nodes.get_key_value(key.name())?;
+            let NodeObject::Present(version) = &node.object else { return None };
+            return Some((name, &version.uid));
+        }
         self.placed.get(key).map(|placed| (&*placed.node, &*placed.version.uid))
     }
 
@@ -487,10 +509,18 @@ impl Downstream {
     fn change(&mut self, kind: Kind, object: Value) {
         let Some(key) = Key::of_object(kind, &object) else { return };
         let version = object["metadata"]["resourceVersion"].as_str().and_then(number);
-        if let Some(version) = version {
+        if let Some(version) = version
+            && self.listing.contains_key(&kind)
+        {
+            let node = object["spec"]["nodeName"].as_str().unwrap_or_default();
+            if !self.take_listed(&key, version, node) {
+                return;
+            }
+        } else if let Some(version) = version {
             let progress = self.progress.entry(kind).or_default();
             *progress = (*progress).max(version);
-            let progress = *progress;
+            self.show(kind, version);
+            let progress = self.progress[&kind];
             if let Some(absent) = self.absent.get_mut(&kind) {
                 absent.retain(|_, at| *at > progress);
                 if absent.get(&key).is_some_and(|at| version <= *at) {
@@ -636,9 +666,12 @@ impl Downstream {
                 }
                 let old = std::mem::take(&mut node.object);
                 node.removed = !matches!(old, NodeObject::Absent);
-                self.syncs.forget(&name);
                 let stock = node.session.as_ref().map(|session| !session.capabilities.digest);
+                if stock.is_none() || node.removed {
+                    self.syncs.forget(&name);
+                }
                 match stock {
+                    // It has not registered yet.
                     Some(_) if matches!(old, NodeObject::Absent) => {}
                     Some(true) => self.cut(&name, "the Node object was deleted"),
                     _ => self.mark(&name, key),
@@ -673,6 +706,8 @@ impl Downstream {
     }
 
     fn list(&mut self, kind: Kind, keys: &BTreeSet<Key>) {
+        let listing = self.listing.remove(&kind);
+        let floor = listing.as_ref().map(|listing| listing.floor);
         let held: Vec<Key> = match kind {
             Kind::Pod | Kind::Device => {
                 self.placed.keys().filter(|key| key.kind() == kind).cloned().collect()
@@ -690,7 +725,7 @@ impl Downstream {
             if is_unknown && self.fetching.contains_key(key) {
                 // The read says it.
             } else if !keys.contains(key) {
-                match self.read_since_list(key) {
+                match self.read_since_list(key, floor) {
                     Some(name) => self.relist(&name),
                     None => self.delete(key, None),
                 }
@@ -700,6 +735,9 @@ impl Downstream {
             }
         }
         self.listed.insert(kind);
+        if let Some(listing) = listing {
+            self.end_list(kind, listing);
+        }
         if self.unavailable.remove(&kind) {
             self.judge(kind);
         }
@@ -710,8 +748,10 @@ impl Downstream {
     }
 
     /// The node of a pod that a read has shown, when that read may be newer than a list that lacks the pod.
-    fn read_since_list(&self, key: &Key) -> Option<Arc<str>> {
+    /// `floor` is what had been seen when the list was begun.
+    fn read_since_list(&self, key: &Key, floor: Option<u64>) -> Option<Arc<str>> {
         let progress = self.progress.get(&key.kind()).copied().unwrap_or(0);
+        let progress = floor.unwrap_or(progress);
         let name = &self.placed.get(key).filter(|_| key.kind() == Kind::Pod)?.node;
         let read_at = self.nodes.get(name)?.read_at;
         (read_at > progress).then(|| Arc::clone(name))
@@ -749,6 +789,7 @@ impl Downstream {
         let version =
             |object: &Value| object["metadata"]["resourceVersion"].as_str().and_then(number);
         let at = at.or_else(|| version(object.as_ref()?)).unwrap_or(0);
+        self.show(key.kind(), at);
         // What the watch has said up to the read is old, whatever it was.
         let is_newer = |of: &Version| number(&of.resource_version).is_some_and(|of| of > at);
         if object.is_none() && self.progress.get(&key.kind()).is_none_or(|of| *of < at) {
@@ -772,11 +813,12 @@ impl Downstream {
                 let Some(Shared { state: state @ SharedState::Unknown(_), .. }) =
                     self.shared.get_mut(key)
                 else {
-                    return;
+                    // Nothing refers to it any more.
+                    return self.end_doubt(key);
                 };
                 let SharedState::Unknown(seen) = std::mem::replace(state, SharedState::Absent)
                 else {
-                    return;
+                    return self.end_doubt(key);
                 };
                 let seen = seen.filter(|seen| is_newer(seen));
                 let read =
@@ -834,6 +876,7 @@ impl Downstream {
             self.change_placed(key, pod);
         }
         let at = at.unwrap_or(newest);
+        self.show(Kind::Pod, at);
         if let Some(node) = self.nodes.get_mut(name) {
             node.read_at = at;
             let is_old = |key: &&Key| {

@@ -64,7 +64,10 @@ enum Fleet {
 }
 
 /// Records in the cluster, by namespace and name.
-type Records = BTreeMap<(Option<Arc<str>>, Arc<str>), (SyncSpec, Option<Arc<str>>)>;
+type Records = BTreeMap<RecordId, Record>;
+type RecordId = (Option<Arc<str>>, Arc<str>);
+/// What it is about, the version that it says, and its own version.
+type Record = (SyncSpec, Option<Arc<str>>, u64);
 
 struct Random(u64);
 
@@ -91,6 +94,7 @@ struct World {
     reads: VecDeque<Output>,
     /// What each node has acknowledged, as the cluster has it.
     records: Records,
+    record_version: u64,
     /// Words about records on their way to the hub.
     words: VecDeque<Word>,
     /// Writes of records that the hub asked for.
@@ -126,6 +130,7 @@ impl World {
             watches: BTreeMap::new(),
             reads: VecDeque::new(),
             records: Records::new(),
+            record_version: 0,
             words: VecDeque::new(),
             writes: VecDeque::new(),
             hub: Downstream::default(),
@@ -181,7 +186,7 @@ impl World {
                     .values()
                     .map(move |held| (format!("{name}.{}", held.uid), held.rv.clone()))
             });
-            let recorded = self.records.iter().map(|((_, name), (_, version))| {
+            let recorded = self.records.iter().map(|((_, name), (_, version, _))| {
                 (name.to_string(), version.as_deref().unwrap_or_default().to_owned())
             });
             let held: BTreeMap<_, _> = held.collect();
@@ -361,7 +366,7 @@ impl World {
             self.words.push_back(Word::Unavailable);
         } else {
             for (id, record) in &self.records {
-                self.words.push_back(seen(id, record));
+                self.words.push_back(seen(id, record, true));
             }
             for scope in [Scope::Namespaced, Scope::Cluster] {
                 let of_scope =
@@ -383,19 +388,28 @@ impl World {
     /// What the API does for a write.
     fn write_record(&mut self, write: &Write) -> Outcome {
         let id = (write.id.namespace.clone(), Arc::from(write.name()));
+        let is_seen = |at: u64| write.at == 0 || write.at == at;
         let version = match &write.action {
             Action::Delete => {
-                if self.records.remove(&id).is_some() {
-                    let (namespace, name) = id;
-                    self.words.push_back(Word::Gone { name, namespace });
+                match self.records.get(&id) {
+                    None => return Outcome::Done(0),
+                    Some((_, _, at)) if !is_seen(*at) => return Outcome::Conflict,
+                    Some(_) => {}
                 }
-                return Outcome::Done;
+                self.records.remove(&id);
+                self.record_version += 1;
+                let ((namespace, name), at) = (id, self.record_version);
+                self.words.push_back(Word::Gone { name, namespace, at });
+                return Outcome::Done(0);
             }
             Action::Create(version) => {
-                let record = (write.spec.clone(), None);
-                let record = self.records.entry(id.clone()).or_insert(record);
-                let word = seen(&id, record);
-                self.words.push_back(word);
+                if let Some((_, version, at)) = self.records.get(&id) {
+                    return Outcome::Found { version: version.clone(), at: *at };
+                }
+                self.record_version += 1;
+                let record = (write.spec.clone(), None, self.record_version);
+                self.words.push_back(seen(&id, &record, false));
+                self.records.insert(id.clone(), record);
                 if self.random.below(8) == 0 {
                     // The API had a bad moment between the two requests.
                     return Outcome::Failed;
@@ -404,12 +418,20 @@ impl World {
             }
             Action::Status(version) => version,
         };
-        let Some(record) = self.records.get_mut(&id) else { return Outcome::Missing };
-        record.1 = Some(Arc::clone(version));
-        let word = seen(&id, record);
+        let is_new = matches!(write.action, Action::Create(_));
+        let Some(record) = self.records.get_mut(&id) else { return Outcome::Conflict };
+        if !is_new && !is_seen(record.2) {
+            return Outcome::Conflict;
+        }
+        self.record_version += 1;
+        (record.1, record.2) = (Some(Arc::clone(version)), self.record_version);
+        let word = seen(&id, record, false);
         self.words.push_back(word);
         // The answer of a write that was done may be lost.
-        if self.random.below(8) == 0 { Outcome::Failed } else { Outcome::Done }
+        match self.random.below(8) {
+            0 => Outcome::Failed,
+            _ => Outcome::Done(self.record_version),
+        }
     }
 
     fn input(&mut self, input: Input) {
@@ -639,9 +661,9 @@ impl Edge {
     }
 }
 
-fn seen(id: &(Option<Arc<str>>, Arc<str>), record: &(SyncSpec, Option<Arc<str>>)) -> Word {
-    let ((namespace, name), (spec, version)) = (id.clone(), record.clone());
-    Word::Seen { name, namespace, spec, version }
+fn seen(id: &RecordId, record: &Record, is_in_list: bool) -> Word {
+    let ((namespace, name), (spec, version, at)) = (id.clone(), record.clone());
+    Word::Seen { name, namespace, spec, version, at, is_in_list }
 }
 
 fn held(object: &Value) -> Held {

@@ -12,6 +12,7 @@ use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event};
 use serde_json::Value;
 use skerry_cloudcore_core::applications::Resource;
+use skerry_cloudcore_core::applications::topology::Topology;
 use skerry_cloudcore_core::applications::watches::{Listener, Output, Push, Watches, key_of};
 use skerry_cloudcore_core::downstream::{Input, Key, PUSHED_LEN_MAX};
 use std::collections::{BTreeMap, BTreeSet};
@@ -54,6 +55,9 @@ enum Change {
     Changed(Resource, Value),
     Deleted(Resource, Value),
     Listed(Resource, BTreeSet<Key>),
+    /// Of a node or Service: plural, object, whether it is gone.
+    Topology(String, Value, bool),
+    TopologyListed(String),
 }
 
 /// The way to the task.
@@ -75,6 +79,7 @@ impl Feed {
             watches: Watches::default(),
             kinds: BTreeMap::new(),
             sources: BTreeMap::new(),
+            topology: None,
             client,
             hub,
             changes: sender,
@@ -124,6 +129,8 @@ struct Owner {
     /// Kinds of the resources that are or were watched.
     kinds: BTreeMap<Resource, String>,
     sources: BTreeMap<Resource, CancellationToken>,
+    /// The watches of nodes and Services, while somebody watches endpoints.
+    topology: Option<CancellationToken>,
     client: kube::Client,
     hub: Hub,
     changes: mpsc::Sender<Change>,
@@ -170,6 +177,10 @@ impl Owner {
             Change::Changed(resource, object) => self.watches.changed(&resource, object),
             Change::Deleted(resource, object) => self.watches.deleted(&resource, object),
             Change::Listed(resource, keys) => self.watches.listed(&resource, &keys),
+            Change::Topology(plural, object, is_gone) => {
+                self.watches.topology_changed(&plural, &object, is_gone);
+            }
+            Change::TopologyListed(plural) => self.watches.topology_listed(&plural),
         }
     }
 
@@ -195,6 +206,14 @@ impl Owner {
                         }
                     });
                 }
+                Output::Follow(wanted) => {
+                    if let Some(stop) = self.topology.take() {
+                        stop.cancel();
+                    }
+                    if wanted {
+                        self.follow_topology();
+                    }
+                }
                 Output::Stop(resource) => {
                     self.kinds.remove(&resource);
                     if let Some(stop) = self.sources.remove(&resource) {
@@ -203,6 +222,20 @@ impl Owner {
                 }
             }
         }
+    }
+
+    fn follow_topology(&mut self) {
+        let stop = self.stop.child_token();
+        for resource in Topology::sources() {
+            let (stop, client, changes) = (stop.clone(), self.client.clone(), self.changes.clone());
+            self.tasks.spawn(async move {
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = follow(client, resource, changes) => {}
+                }
+            });
+        }
+        self.topology = Some(stop);
     }
 
     /// Gives to the hub what nodes have room for. Returns whether something is left.
@@ -222,6 +255,45 @@ impl Owner {
             }
         }
         left
+    }
+}
+
+/// Follows nodes or Services for the topology.
+async fn follow(client: kube::Client, resource: Resource, changes: mpsc::Sender<Change>) {
+    let plural = resource.plural.clone();
+    let objects: Api<DynamicObject> = Api::all_with(client, &topology_resource(&resource));
+    let mut events =
+        std::pin::pin!(watcher::watcher(objects, watcher::Config::default()).default_backoff());
+    while let Some(event) = events.next().await {
+        let change = match event {
+            Ok(Event::Init) => continue,
+            Ok(Event::InitApply(object) | Event::Apply(object)) => {
+                Change::Topology(plural.clone(), crate::api::to_json(object), false)
+            }
+            Ok(Event::Delete(object)) => {
+                Change::Topology(plural.clone(), crate::api::to_json(object), true)
+            }
+            Ok(Event::InitDone) => Change::TopologyListed(plural.clone()),
+            Err(error) => {
+                tracing::warn!(%resource, %error, "a watch for the topology of services failed, trying again");
+                continue;
+            }
+        };
+        if changes.send(change).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// A source of the topology, as the client wants it.
+pub(super) fn topology_resource(resource: &Resource) -> ApiResource {
+    let kind = if resource.plural == "nodes" { "Node" } else { "Service" };
+    ApiResource {
+        group: resource.group.clone(),
+        version: resource.version.clone(),
+        api_version: resource.api_version(),
+        kind: kind.into(),
+        plural: resource.plural.clone(),
     }
 }
 

@@ -37,6 +37,12 @@ impl Upstream {
         };
         match self.hub.access(node, &key).await {
             None => Outcome::Read(Err(Refused::Stopping)),
+            Some(Access::Denied | Access::Unlisted)
+                if path.kind() == "secret"
+                    && self.jobs.grants(node, key.namespace(), key.name()) =>
+            {
+                Outcome::Read(self.read_for_job(path).await)
+            }
             Some(Access::Denied) => Outcome::Read(Err(Refused::Forbidden(format!(
                 "no pod of node `{node}` refers to `{path}`"
             )))),
@@ -71,6 +77,13 @@ impl Upstream {
         let name = rest::segment(path.name().unwrap_or_default())?;
         let place = rest::core(path.namespace(), &plural, name)?;
         Ok(with_type(self.rest(node).get(&place).await?, kind, "v1"))
+    }
+
+    /// The Secret for the images of a job, which no pod refers to: in CloudCore's own name.
+    async fn read_for_job(&self, path: &ResourcePath) -> Done {
+        let name = rest::segment(path.name().unwrap_or_default())?;
+        let place = rest::core(path.namespace(), "secrets", name)?;
+        Ok(with_type(self.own_rest().get(&place).await?, "Secret", "v1"))
     }
 
     /// A PersistentVolume, PersistentVolumeClaim or VolumeAttachment.

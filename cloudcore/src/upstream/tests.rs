@@ -51,7 +51,7 @@ impl World {
             hub.input(Input::Changed(kind, object)).await;
         }
         hub.input(Input::Listed(Kind::Secret, BTreeSet::new())).await;
-        let jobs = Jobs::new(client.clone(), false);
+        let jobs = Jobs::new(client.clone(), hub.clone(), false);
         let applications =
             Applications::spawn(client.clone(), hub.clone(), impersonate, &tasks, &stop);
         let settings = Settings { impersonate, ..Settings::default() };

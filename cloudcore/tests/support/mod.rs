@@ -213,6 +213,7 @@ fn config(advertise: &[&str]) -> Config {
         dir: None,
         node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
         shared_token: false,
+        router: None,
         impersonate: false,
     }
 }

@@ -19,7 +19,7 @@
 
 use crate::Now;
 use k8s_openapi::api::core::v1::Pod;
-use serde_json::{Value, json};
+use serde_json::Value;
 use skerry_protocol::digest::{Digest, Held};
 use skerry_protocol::resource::CLUSTER_SCOPE;
 use skerry_protocol::{Message, Operation, ResourcePath};
@@ -62,11 +62,8 @@ const WATCH_SOURCE: &str = "dynamiccontroller";
 /// Volume requests of the cloud's CSI driver.
 const VOLUME_OPERATIONS: [&str; 4] =
     ["createvolume", "deletevolume", "controllerpublishvolume", "controllerunpublishvolume"];
-/// First part of the resource of a node job.
-const JOB_API: &str = "operations.kubeedge.io/";
 /// What whoever asks for such a thing is told.
 const NO_VOLUMES: &str = "CSI volume operations are not supported by this edge agent";
-const NO_JOBS: &str = "node jobs are not supported by this edge agent";
 
 /// One stored object.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -133,7 +130,7 @@ pub enum Effect {
     OwnNode(Box<Value>),
     /// The cluster has no Node for us any more.
     OwnNodeGone,
-    /// A message for the device twin, the buses or the node's own API, as it came; it wants no acknowledgement.
+    /// A message for the device twin, the buses, node jobs or the node's own API, as it came; it wants no acknowledgement.
     HandOn(Box<Message>),
     /// Of no use.
     Ignored {
@@ -281,8 +278,9 @@ impl Meta {
         let only = |effect| Step { effects: vec![effect], ..Step::default() };
         match route.group.as_str() {
             "resource" | "func" => {}
-            "twin" | "user" => return only(Effect::HandOn(Box::new(message.clone()))),
-            "taskmanager" | "nodeupgradejobcontroller" => return self.refuse_job(now, message),
+            "twin" | "user" | "taskmanager" | "nodeupgradejobcontroller" => {
+                return only(Effect::HandOn(Box::new(message.clone())));
+            }
             group => {
                 return only(ignored(&route.resource, &format!("group `{group}` is not known")));
             }
@@ -308,34 +306,6 @@ impl Meta {
             .unwrap_or_else(|reason| only(ignored(&route.resource, &reason)));
         step.ack = Some(message.ack(now.unix_ms()));
         step
-    }
-
-    /// Tells the cloud that the job has failed on this node; in silence it would wait for the job's whole time.
-    fn refuse_job(&self, now: Now, message: &Message) -> Step {
-        let route = &message.route;
-        let effects = vec![ignored(&route.resource, NO_JOBS)];
-        let report = |resource: String, operation: &str, content: Value| {
-            let mut report = message.response(now.unix_ms(), &content);
-            report.header.parent_msg_id = String::new();
-            report.route.source = "websocket".into();
-            report.route.group = "hub".into();
-            report.route.operation = operation.into();
-            report.route.resource = resource;
-            report
-        };
-        let action = &route.operation;
-        let answer = if route.resource.starts_with(JOB_API) {
-            let content = json!({"action": action, "succ": false, "reason": NO_JOBS, "extend": "",
-                "finishTime": now.wall.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()});
-            report(route.resource.clone(), "UpdateNodeActionStatus", content)
-        } else if let [kind, job, "node", node] = *route.resource.split('/').collect::<Vec<_>>() {
-            let content = json!({"NodeName": node, "State": "", "Event": "Check", "Action": "Failure",
-                "Reason": NO_JOBS, "Time": "", "ExternalMessage": ""});
-            report(format!("task/{job}/node/{node}"), kind, content)
-        } else {
-            return Step { effects, ..Step::default() };
-        };
-        Step { ack: Some(answer), effects, ..Step::default() }
     }
 
     /// Decides about an object that the hub gave as an answer; `path` is where it belongs.
@@ -915,6 +885,7 @@ mod tests {
             (("devicecontroller", "twin"), "response", "twin"),
             (("edgecontroller", "resource"), "update", "membership"),
             (("router_eventbus", "user"), "publish", "node/topic"),
+            (("taskmanager", "taskmanager"), "prepull", "prepull/j/node/edge1"),
         ] {
             let (answer, effects) = send(&mut meta, from, operation, resource, &json!({"a": 1}));
             assert!(answer.is_none(), "{from:?}");
@@ -935,23 +906,6 @@ mod tests {
         assert_eq!(answer.route.resource, "default/volume/v1");
         assert!(!answer.header.parent_msg_id.is_empty());
         assert!(answer.content.get().contains("not supported"));
-
-        let tasks = ("taskmanager", "taskmanager");
-        let job = "operations.kubeedge.io/v1alpha2/imageprepulljob/images/node/edge1";
-        let (answer, _) = send(&mut meta, tasks, "Check", job, &json!({}));
-        let answer = answer.expect("an answer");
-        assert_eq!(answer.route.operation, "UpdateNodeActionStatus");
-        assert_eq!((answer.route.resource.as_str(), answer.route.group.as_str()), (job, "hub"));
-        let status: Value = answer.content_as().expect("an object");
-        assert_eq!((&status["action"], &status["succ"]), (&json!("Check"), &json!(false)));
-        assert_eq!(status["finishTime"], "1970-01-01T00:00:00Z");
-
-        let (answer, _) = send(&mut meta, tasks, "upgrade", "upgrade/job1/node/edge1", &json!({}));
-        let answer = answer.expect("an answer");
-        assert_eq!(answer.route.resource, "task/job1/node/edge1");
-        assert_eq!(answer.route.operation, "upgrade");
-        let status: Value = answer.content_as().expect("an object");
-        assert_eq!(status["Action"], "Failure");
     }
 
     #[test]

@@ -37,6 +37,8 @@ pub struct Facts {
     pub name: String,
     /// Labels from the configuration, beside the usual ones.
     pub labels: BTreeMap<String, String>,
+    /// Annotations of ours, beside the usual one.
+    pub annotations: BTreeMap<String, String>,
     /// `InternalIP` addresses, in order.
     pub addresses: Vec<String>,
     /// Logical CPUs.
@@ -80,6 +82,8 @@ pub struct Health {
     pub not_ready: Vec<String>,
     /// Whether the local database was lost and the hub has not yet told everything again.
     pub rebuilding: bool,
+    /// What is wrong with the appliance around this agent; none on every other machine.
+    pub appliance: Option<Vec<String>>,
 }
 
 /// The Node of this machine.
@@ -97,6 +101,10 @@ pub struct NodeReports {
     report_interval: Duration,
     /// Labels that the cluster's Node lacks.
     labels_owed: BTreeMap<String, String>,
+    /// Annotations that it lacks.
+    annotations_owed: BTreeMap<String, String>,
+    /// What the cluster has of [`Facts::annotations`].
+    annotations_told: BTreeMap<String, String>,
     flight: Option<Flight>,
     next_try: Option<Instant>,
     backoff: Backoff,
@@ -138,6 +146,8 @@ impl NodeReports {
             reported_at: None,
             report_interval: REPORT_INTERVAL,
             labels_owed: BTreeMap::new(),
+            annotations_owed: BTreeMap::new(),
+            annotations_told: BTreeMap::new(),
             flight: None,
             next_try: None,
             backoff: Backoff::between(Duration::from_millis(100), Duration::from_secs(7), seed),
@@ -161,17 +171,21 @@ impl NodeReports {
         let time = format!("{:.0}", now.wall);
         let ready = self.health.not_ready.is_empty();
         let was = self.transitions.get("Ready").map(|(status, _)| *status);
-        for (kind, status) in [
+        let appliance = self.health.appliance.as_ref();
+        let appliance = appliance.map(|wrong| ("ApplianceHealthy", wrong.is_empty()));
+        let usual = [
             ("MemoryPressure", self.health.memory_pressure),
             ("DiskPressure", self.health.disk_pressure),
             ("PIDPressure", self.health.pid_pressure),
             ("Ready", ready),
-        ] {
+        ];
+        for (kind, status) in usual.into_iter().chain(appliance) {
             let known = self.transitions.entry(kind).or_insert_with(|| (status, time.clone()));
             if known.0 != status {
                 *known = (status, time.clone());
             }
         }
+        self.annotations_owed = owed(&self.facts.annotations, |key| self.annotations_told.get(key));
         (was != Some(ready)).then_some(ready)
     }
 
@@ -185,6 +199,10 @@ impl NodeReports {
             .into_iter()
             .filter(|(key, value)| theirs[key].as_str() != Some(value))
             .collect();
+        let theirs = &node["metadata"]["annotations"];
+        let text = |key: &String| Some((key.clone(), theirs[key].as_str()?.to_owned()));
+        self.annotations_told = self.facts.annotations.keys().filter_map(text).collect();
+        self.annotations_owed = owed(&self.facts.annotations, |key| self.annotations_told.get(key));
         let unknown =
             |condition: &Value| condition["type"] == "Ready" && condition["status"] == "Unknown";
         let conditions = node["status"]["conditions"].as_array();
@@ -267,6 +285,7 @@ impl NodeReports {
             }
             (Kind::Labels, Ok(_)) => {
                 self.labels_owed.clear();
+                self.annotations_told.append(&mut self.annotations_owed);
                 None
             }
             (Kind::Patch(told), Ok(_)) => {
@@ -327,8 +346,15 @@ impl NodeReports {
             let patch = Value::String(self.patch(now, &told).to_string());
             return Some((Kind::Patch(told), (Operation::Patch, "nodepatch", patch)));
         }
-        if !self.labels_owed.is_empty() {
-            let node = json!({"metadata": {"name": self.facts.name, "labels": self.labels_owed}});
+        if !self.labels_owed.is_empty() || !self.annotations_owed.is_empty() {
+            let mut node = json!({"metadata": {"name": self.facts.name}});
+            for (field, owed) in
+                [("labels", &self.labels_owed), ("annotations", &self.annotations_owed)]
+            {
+                if !owed.is_empty() {
+                    node["metadata"][field] = json!(owed);
+                }
+            }
             return Some((Kind::Labels, (Operation::Update, "node", node)));
         }
         None
@@ -339,11 +365,14 @@ impl NodeReports {
         let mut status = self.without_heartbeat();
         status["conditions"] = self.conditions(Some(now)).into();
         status["daemonEndpoints"] = json!({"kubeletEndpoint": {"Port": KUBELET_PORT}});
+        let mut annotations = self.facts.annotations.clone();
+        let usual = "volumes.kubernetes.io/controller-managed-attach-detach";
+        annotations.insert(usual.into(), "true".into());
         json!({
             "metadata": {
                 "name": self.facts.name,
                 "labels": labels(&self.facts),
-                "annotations": {"volumes.kubernetes.io/controller-managed-attach-detach": "true"},
+                "annotations": annotations,
             },
             "spec": {},
             "status": status,
@@ -426,6 +455,7 @@ impl NodeReports {
             [one] => one.clone(),
             several => format!("[{}]", several.join(", ")),
         };
+        let wrong = health.appliance.as_deref().unwrap_or_default().join("; ");
         let words = [
             (
                 "MemoryPressure",
@@ -446,6 +476,12 @@ impl NodeReports {
                 ["kubelet has sufficient PID available", "kubelet has insufficient PID available"],
             ),
             ("Ready", ["KubeletNotReady", "EdgeReady"], [&ready, &ready]),
+            // Not there on other machines: it has no transition then.
+            (
+                "ApplianceHealthy",
+                ["ApplianceProblem", "ApplianceFine"],
+                [&wrong, "the appliance is as it should be"],
+            ),
         ];
         words
             .into_iter()
@@ -485,6 +521,15 @@ pub fn labels(facts: &Facts) -> BTreeMap<String, String> {
     ];
     let own = own.map(|(key, value)| (key.to_owned(), value.to_owned()));
     own.into_iter().chain(facts.labels.clone()).collect()
+}
+
+/// What of `wanted` the cluster has not, or has otherwise.
+fn owed<'a>(
+    wanted: &BTreeMap<String, String>,
+    told: impl Fn(&str) -> Option<&'a String>,
+) -> BTreeMap<String, String> {
+    let missing = |(key, value): &(&String, &String)| told(key) != Some(value);
+    wanted.iter().filter(missing).map(|(key, value)| (key.clone(), value.clone())).collect()
 }
 
 fn truth(status: bool) -> &'static str {
@@ -545,6 +590,41 @@ mod tests {
         assert_eq!((operation, token), (Operation::Patch, "nodepatch"));
         node.handle_reply(now.mono, Ok(json!({})));
         node
+    }
+
+    #[test]
+    fn appliance_has_a_condition_and_annotations_of_its_own_and_tells_what_changes() {
+        let now = now();
+        let with = |version: &str, wrong: &[&str]| {
+            let annotations = [("skerry.dev/image-version".to_owned(), version.to_owned())].into();
+            let wrong = wrong.iter().map(|one| (*one).to_owned()).collect();
+            let health = Health { appliance: Some(wrong), ..Health::default() };
+            (Facts { annotations, ..facts() }, health)
+        };
+        let mut node = NodeReports::new(facts(), 1);
+        let (facts, health) = with("1.0", &[]);
+        node.update(now, facts, health);
+        let (.., object) = send(&mut node, now).expect("a registration");
+        assert_eq!(object["metadata"]["annotations"]["skerry.dev/image-version"], "1.0");
+        assert_eq!(object["status"]["conditions"][4]["type"], "ApplianceHealthy");
+        assert_eq!(object["status"]["conditions"][4]["status"], "True");
+        let taken = json!({"metadata": {"uid": "n", "annotations": object["metadata"]["annotations"],
+            "labels": object["metadata"]["labels"]}});
+        node.handle_reply(now.mono, Ok(taken));
+        send(&mut node, now).expect("the first patch");
+        node.handle_reply(now.mono, Ok(json!({})));
+        assert_eq!(send(&mut node, now), None);
+        let (facts, health) = with("1.1", &["the disk is full"]);
+        node.update(now, facts, health);
+        let (operation, _, patch) = send(&mut node, now).expect("a patch");
+        assert_eq!(operation, Operation::Patch);
+        assert!(patch.as_str().expect("text").contains("the disk is full"));
+        node.handle_reply(now.mono, Ok(json!({})));
+        let (operation, _, update) = send(&mut node, now).expect("an update");
+        assert_eq!(operation, Operation::Update);
+        assert_eq!(update["metadata"]["annotations"], json!({"skerry.dev/image-version": "1.1"}));
+        node.handle_reply(now.mono, Ok(json!({})));
+        assert_eq!(send(&mut node, now), None);
     }
 
     #[test]

@@ -595,7 +595,12 @@ impl Uplink {
                 self.outbox.drop_row(now.mono, due.seq);
                 continue;
             };
-            let message = request(now, due.operation, due.resource, &*content);
+            let mut message = request(now, due.operation, due.resource, &*content);
+            use Operation::{Prepull, UpdateNodeActionStatus, Upgrade};
+            if matches!(due.operation, UpdateNodeActionStatus | Prepull | Upgrade) {
+                message.route.source = skerry_protocol::job::REPORT_SOURCE.into();
+                message.route.group = skerry_protocol::job::REPORT_GROUP.into();
+            }
             self.outbox.sent(due.seq, message.header.msg_id.clone(), now.mono);
             if !self.peer.receipts {
                 self.unanswered.tokens -= 1;

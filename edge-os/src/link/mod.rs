@@ -7,14 +7,19 @@
 //!
 //! States: no link (dial the hubs in turn) -> link -> no link. A link over WebSocket looks for QUIC now and then; when
 //! QUIC is up and accepted, the agent gets a second [`LinkEvent::Connected`] and the old connection ends after that.
+//! A link that is in doubt, because nothing comes although something should, stays while another one is dialled beside
+//! it; whichever speaks first is kept. So a cut costs little more than its own time, and not the waits that both ends
+//! have doubled meanwhile.
 //!
 //! Waiting after a failure: what the hub says, to the millisecond, as it spreads its nodes; else a drawn time, short
 //! at first, because most cuts are. When the network comes back nobody waits.
 
 pub mod facts;
+mod netlink;
 mod network;
 mod quic;
 mod race;
+pub(crate) mod tcp;
 pub(crate) mod websocket;
 
 use crate::config::{Config, Endpoint};
@@ -32,6 +37,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -62,6 +68,21 @@ const REFUSED_INTERVAL: Duration = Duration::from_secs(60);
 const GOOD_LINK: Duration = Duration::from_secs(25);
 /// Tries with a short wait after a good link: about ten seconds, which is longer than most cuts.
 const SHORT_WAITS: u32 = 20;
+/// How long an answer may take on a link that has just been asked for one, in round trips and at least.
+const ANSWER_ROUND_TRIPS: f64 = 1.5;
+const ANSWER_WAIT_MIN: Duration = Duration::from_millis(150);
+const ANSWER_WAIT_MAX: Duration = Duration::from_secs(3);
+/// The round trip of a link of which it is not known yet.
+const ROUND_TRIP_UNKNOWN: Duration = Duration::from_millis(200);
+/// Time between two probes of a silent link, and between two dials beside it, at first.
+const PROBE_INTERVAL: Duration = Duration::from_millis(250);
+/// Later it is this part of the silence: an outage of a minute is noticed to be over within eight seconds, and costs some
+/// thirty small packets.
+const PROBE_SHARE: u32 = 8;
+/// Dials at a time of a link in doubt. The oldest goes for a new one: its packets are repeated too seldom by now.
+const DIALS_MAX: usize = 4;
+/// Pause after a hub has not accepted a connection that was to take the place of one in doubt.
+const REPLACE_PAUSE: Duration = Duration::from_secs(2);
 /// How long a connection that has to move gets, when the old one is gone already.
 const MOVE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -283,6 +304,9 @@ enum SessionError {
 
 type Ended = Result<Infallible, SessionError>;
 
+/// A connection on which nothing was said yet.
+type Dialled = Won<quic::Dialled, tokio_rustls::client::TlsStream<tokio::net::TcpStream>>;
+
 /// A connection that the hub has accepted.
 enum Opened {
     WebSocket(websocket::Opened),
@@ -298,6 +322,8 @@ struct Session {
     stock_ping: Duration,
     /// The hub wants another certificate before it serves this node.
     renewal_asked: AtomicBool,
+    /// Nothing came although something should: whether another connection is worth its while.
+    doubt: watch::Sender<bool>,
 }
 
 /// Bytes of one connection.
@@ -322,6 +348,19 @@ impl Session {
         self.events.send(event).await.map_err(|_| SessionError::Dropped)
     }
 
+    fn set_doubt(&self, doubt: bool) {
+        let changed = |known: &mut bool| std::mem::replace(known, doubt) != doubt;
+        if self.doubt.send_if_modified(changed) {
+            tracing::debug!(doubt, "whether the link is still there");
+        }
+    }
+
+    /// How long an answer to what is sent now may take.
+    fn answer_wait(&self) -> Duration {
+        let known = self.facts.borrow().rtt_ms.map(Duration::from_millis);
+        answer_wait(known.unwrap_or(ROUND_TRIP_UNKNOWN))
+    }
+
     fn set_rtt(&self, rtt: Duration) {
         let rtt_ms = u64::try_from(rtt.as_millis()).ok();
         self.facts.send_modify(|facts| {
@@ -329,6 +368,15 @@ impl Session {
             self.counters.copy_to(facts);
         });
     }
+}
+
+fn answer_wait(rtt: Duration) -> Duration {
+    rtt.mul_f64(ANSWER_ROUND_TRIPS).clamp(ANSWER_WAIT_MIN, ANSWER_WAIT_MAX)
+}
+
+/// Time until a link that is silent for `silence` is probed again.
+fn probe_wait(silence: Duration) -> Duration {
+    (silence / PROBE_SHARE).max(PROBE_INTERVAL)
 }
 
 impl Counters {
@@ -362,7 +410,15 @@ impl Link {
         let mut network = Network::look();
         for place in (0..self.config.hubs.len()).cycle() {
             let started = Instant::now();
-            let (reason, told) = match self.connect(place, &mut memory).await {
+            let connected = loop {
+                let before = memory;
+                tokio::select! {
+                    connected = self.connect(place, &mut memory) => break connected,
+                    // What was sent before that is repeated too seldom by now.
+                    () = network.changed(LOOK_INTERVAL_DOWN) => memory = before,
+                }
+            };
+            let (reason, told) = match connected {
                 Ok((opened, capabilities)) => {
                     let error =
                         self.serve(place, opened, capabilities, &mut memory, &mut network).await;
@@ -418,6 +474,7 @@ impl Link {
                 Err(error) if error.is_transient() => {
                     let wait = backoff.next_wait();
                     tracing::warn!(error = chain(&error), ?wait, "no certificate yet");
+                    self.facts.send_modify(|facts| facts.reason = chain(&error));
                     wait
                 }
                 Err(error) => {
@@ -446,7 +503,7 @@ impl Link {
         Capabilities::ours(self.config.beat)
     }
 
-    /// Dials one hub, over QUIC and WebSocket side by side.
+    /// Dials one hub, over QUIC and WebSocket side by side, until it has accepted us.
     async fn connect(
         &mut self,
         place: usize,
@@ -454,40 +511,63 @@ impl Link {
     ) -> Result<(Opened, Capabilities), DialError> {
         let tls = self.tls()?;
         self.tls = Some(tls.clone());
-        let hub = self.config.hubs[place].clone();
+        match self.dial(place, tls.clone(), memory.head_start()).await? {
+            Won::Quic(dialled) => match self.open(place, Won::Quic(dialled)).await {
+                Ok(opened) => {
+                    memory.handle_success(self.timing.quic_retry);
+                    Ok(opened)
+                }
+                Err(error) if error.is_refusal() => Err(error),
+                Err(error) => {
+                    memory.handle_failure();
+                    tracing::debug!(error = chain(&error), "QUIC is up but of no use");
+                    let hub = &self.config.hubs[place];
+                    let stream = tls::connect(hub, tls.websocket).await?;
+                    self.open(place, Won::WebSocket(stream)).await
+                }
+            },
+            stream @ Won::WebSocket(_) => {
+                if self.config.quic_of(place).is_some() {
+                    memory.handle_failure();
+                }
+                self.open(place, stream).await
+            }
+        }
+    }
+
+    /// A connection to one hub on which nothing was said yet.
+    async fn dial(
+        &self,
+        place: usize,
+        tls: Tls,
+        head_start: Duration,
+    ) -> Result<Dialled, DialError> {
+        let hub = &self.config.hubs[place];
         let Some(quic_hub) = self.config.quic_of(place) else {
-            let stream = tls::connect(&hub, tls.websocket).await?;
-            return self.open_websocket(&hub, stream).await;
+            return Ok(Won::WebSocket(tls::connect(hub, tls.websocket).await?));
         };
         let quic = async { quic::dial(&quic_hub, tls.quic).await.map_err(DialError::from) };
-        let websocket = async {
-            let stream = tls::connect(&hub, tls.websocket.clone()).await;
-            stream.map_err(DialError::from)
-        };
-        match race::race(quic, memory.head_start(), websocket).await {
-            Ok(Won::Quic(dialled)) => {
+        let websocket = async { tls::connect(hub, tls.websocket).await.map_err(DialError::from) };
+        let won = race::race(quic, head_start, websocket).await;
+        won.map_err(|(quic, websocket)| DialError::Both {
+            quic: Box::new(quic),
+            websocket: Box::new(websocket),
+        })
+    }
+
+    /// Says who we are, and waits until the hub agrees.
+    async fn open(
+        &self,
+        place: usize,
+        dialled: Dialled,
+    ) -> Result<(Opened, Capabilities), DialError> {
+        match dialled {
+            Won::Quic(dialled) => {
                 let opened = quic::open(dialled, &self.config.node_name, self.ours()).await;
-                match opened.map_err(DialError::from) {
-                    Ok((opened, agreed)) => {
-                        memory.handle_success(self.timing.quic_retry);
-                        Ok((Opened::Quic(opened), agreed))
-                    }
-                    Err(error) if error.is_refusal() => Err(error),
-                    Err(error) => {
-                        memory.handle_failure();
-                        tracing::debug!(error = chain(&error), "QUIC is up but of no use");
-                        let stream = tls::connect(&hub, tls.websocket).await?;
-                        self.open_websocket(&hub, stream).await
-                    }
-                }
+                let (opened, agreed) = opened?;
+                Ok((Opened::Quic(opened), agreed))
             }
-            Ok(Won::WebSocket(stream)) => {
-                memory.handle_failure();
-                self.open_websocket(&hub, stream).await
-            }
-            Err((quic, websocket)) => {
-                Err(DialError::Both { quic: Box::new(quic), websocket: Box::new(websocket) })
-            }
+            Won::WebSocket(stream) => self.open_websocket(&self.config.hubs[place], stream).await,
         }
     }
 
@@ -529,6 +609,7 @@ impl Link {
                 counters: Counters::default(),
                 stock_ping: self.timing.stock_ping,
                 renewal_asked: AtomicBool::new(false),
+                doubt: watch::Sender::new(false),
             });
             let connected = LinkEvent::Connected { transport, capabilities, outgoing };
             if let Err(error) = session.tell(connected).await {
@@ -556,12 +637,21 @@ impl Link {
                         changes.send_modify(|count| *count += 1);
                     }
                 };
+                let doubt = session.doubt.subscribe();
+                let head_start = memory.head_start();
+                let other = self.replace(place, head_start, doubt, changes.subscribe(), &asked);
                 let better = self.find_quic(quic_hub, memory, changes.subscribe(), &asked);
+                let better = async {
+                    tokio::select! {
+                        other = other => other,
+                        better = better => better,
+                    }
+                };
                 let (mut carry, mut better) = (std::pin::pin!(carry), std::pin::pin!(better));
                 tokio::select! {
                     biased;
                     better = &mut better => Ok(better),
-                    Err(error) = &mut carry => match asked.load(Ordering::Relaxed) {
+                    Err(error) = &mut carry => match asked.load(Ordering::Relaxed) || *session.doubt.borrow() {
                         // The hub ends the old connection when it takes the new one, and may be faster with that.
                         true => match tokio::time::timeout(MOVE_TIMEOUT, better).await {
                             Ok(better) => Ok(better),
@@ -580,14 +670,97 @@ impl Link {
             tracing::debug!(%transport, bytes_in, bytes_out, "a connection has ended");
             match moved {
                 Ok((better, agreed)) => {
-                    tracing::info!("the link moves from {transport} to QUIC");
-                    memory.handle_success(self.timing.quic_retry);
-                    opened = Opened::Quic(better);
+                    let next = better.transport();
+                    tracing::info!(
+                        "the link moves from {transport} to {}",
+                        match next == transport {
+                            true => "another connection".to_owned(),
+                            false => next.to_string(),
+                        }
+                    );
+                    if next == Transport::Quic {
+                        memory.handle_success(self.timing.quic_retry);
+                    }
+                    opened = better;
                     capabilities = agreed;
                 }
                 Err(error) => {
                     self.facts.send_modify(|facts| session.counters.copy_to(facts));
                     return error;
+                }
+            }
+        }
+    }
+
+    /// Whenever the link is in doubt: dials beside it, until the link speaks again or the hub has accepted another
+    /// connection.
+    async fn replace(
+        &self,
+        place: usize,
+        head_start: Duration,
+        mut doubt: watch::Receiver<bool>,
+        changes: watch::Receiver<u64>,
+        asked: &AtomicBool,
+    ) -> (Opened, Capabilities) {
+        loop {
+            if doubt.wait_for(|doubt| *doubt).await.is_err() {
+                return std::future::pending().await;
+            }
+            let dialled = tokio::select! {
+                dialled = self.dial_again_and_again(place, head_start, changes.clone()) => dialled,
+                _ = doubt.wait_for(|doubt| !*doubt) => continue,
+            };
+            asked.store(true, Ordering::Relaxed);
+            let pause = match self.open(place, dialled).await {
+                Ok(opened) => return opened,
+                Err(error) => {
+                    tracing::debug!(error = chain(&error), "no other connection");
+                    error.retry_after().unwrap_or(REPLACE_PAUSE)
+                }
+            };
+            asked.store(false, Ordering::Relaxed);
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// Begins a new dial now and then, less and less often, until one of them is up. Each begins with packets of its own,
+    /// so that the first one that gets through is not long after the way is open.
+    async fn dial_again_and_again(
+        &self,
+        place: usize,
+        head_start: Duration,
+        mut changes: watch::Receiver<u64>,
+    ) -> Dialled {
+        let started = Instant::now();
+        let mut dials = std::collections::VecDeque::new();
+        loop {
+            match self.tls() {
+                Ok(tls) => {
+                    if dials.len() == DIALS_MAX {
+                        dials.pop_front();
+                    }
+                    dials.push_back(Box::pin(self.dial(place, tls, head_start)));
+                }
+                Err(error) => tracing::debug!(error = chain(&error), "no dial"),
+            }
+            let mut next = std::pin::pin!(tokio::time::sleep(probe_wait(started.elapsed())));
+            loop {
+                let up = std::future::poll_fn(|cx| {
+                    for index in 0..dials.len() {
+                        if let Poll::Ready(done) = dials[index].as_mut().poll(cx) {
+                            drop(dials.remove(index));
+                            return Poll::Ready(done);
+                        }
+                    }
+                    Poll::Pending
+                });
+                tokio::select! {
+                    done = up => match done {
+                        Ok(dialled) => return dialled,
+                        Err(error) => tracing::debug!(error = chain(&error), "a dial failed"),
+                    },
+                    () = &mut next => break,
+                    Ok(()) = changes.changed() => break,
                 }
             }
         }
@@ -601,7 +774,7 @@ impl Link {
         memory: &mut Memory,
         mut changes: watch::Receiver<u64>,
         asked: &AtomicBool,
-    ) -> (quic::Opened, Capabilities) {
+    ) -> (Opened, Capabilities) {
         let Some(hub) = hub else { return std::future::pending().await };
         loop {
             let wait = memory.next_retry();
@@ -619,7 +792,7 @@ impl Link {
             };
             asked.store(true, Ordering::Relaxed);
             match quic::open(dialled, &self.config.node_name, self.ours()).await {
-                Ok(found) => return found,
+                Ok((found, agreed)) => return (Opened::Quic(found), agreed),
                 Err(error) => tracing::debug!(error = chain(&error), "QUIC is up but of no use"),
             }
             asked.store(false, Ordering::Relaxed);

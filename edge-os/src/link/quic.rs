@@ -7,6 +7,7 @@
 //!
 //! No 0-RTT: what is sent in it can be played to the hub again by anybody who saw it.
 
+use super::websocket::until;
 use super::{
     Counters, Ended, Outgoing, Session, SessionError, bounded_retry, chain, deliver, deliver_batch,
 };
@@ -37,6 +38,8 @@ const ADDRESSES_MAX: usize = 2;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(20);
 /// Time for an answer after the network has changed under the connection; a lost probe is repeated within it.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the hub may keep an acknowledgement back, and what a busy machine adds to it.
+const ACKNOWLEDGEMENT_DELAY: Duration = Duration::from_millis(150);
 /// How long after a beat its answer is looked for.
 const ECHO_WAIT: Duration = Duration::from_secs(2);
 /// Time between two tries to find a larger packet size on the same path. Each costs some packets that carry nothing,
@@ -239,16 +242,14 @@ pub(super) async fn run(
     let mut ticks = tokio::time::interval_at(Instant::now() + beat, beat);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut traffic = Traffic::of(&connection);
-    let mut heard = Instant::now();
-    let mut deadline = heard + silence_max;
-    let mut look_at = Instant::now() + ECHO_WAIT;
+    let mut silence = Silence::new(&traffic, silence_max);
     loop {
         let now_traffic = Traffic::of(&connection);
         now_traffic.count(&traffic, &session.counters);
         if now_traffic.datagrams_in != traffic.datagrams_in {
-            heard = Instant::now();
-            deadline = heard + silence_max;
             session.set_rtt(connection.rtt());
+            session.set_doubt(false);
+            silence.handle_heard(&now_traffic, silence_max);
         }
         traffic = now_traffic;
         tokio::select! {
@@ -257,6 +258,8 @@ pub(super) async fn run(
                 let stream = stream.map_err(ended)?;
                 tasks.spawn(read(stream, session.clone()));
             }
+            // The hub wants to be acknowledged, which has been done by now.
+            probe = connection.read_datagram() => drop(probe.map_err(ended)?),
             message = to_send.recv(), if held.is_none() => {
                 let Some(outgoing) = message else { return Err(SessionError::Dropped) };
                 let class = Class::of(&outgoing.message);
@@ -271,6 +274,7 @@ pub(super) async fn run(
                 // Without a permit the writer has failed, which its task says.
                 if let (Ok(permit), Some((_, outgoing))) = (permit, held.take()) {
                     permit.send(outgoing);
+                    silence.look_in(acknowledgement_wait(&connection));
                 }
             }
             Some(done) = tasks.join_next() => match (done, connection.close_reason()) {
@@ -279,23 +283,103 @@ pub(super) async fn run(
                 (Ok(Err(error)), None) => return Err(error),
                 (Err(error), None) => return Err(SessionError::Framing(error.to_string())),
             },
-            () = tokio::time::sleep_until(look_at) => look_at = Instant::now() + beat,
-            () = tokio::time::sleep_until(deadline) => {
+            () = until(silence.look_at) => {
+                // What came in this very moment is seen when the loop begins anew.
+                let now = Traffic::of(&connection);
+                if now.datagrams_in == traffic.datagrams_in && silence.handle_look(&now) {
+                    send_beat(&connection);
+                }
+            }
+            () = until(silence.doubt_at) => {
+                silence.doubt_at = None;
                 if Traffic::of(&connection).datagrams_in == traffic.datagrams_in {
-                    return Err(SessionError::Silent(heard.elapsed()));
+                    session.set_doubt(true);
+                    silence.look_in(super::PROBE_INTERVAL);
+                }
+            }
+            () = tokio::time::sleep_until(silence.deadline) => {
+                if Traffic::of(&connection).datagrams_in == traffic.datagrams_in {
+                    return Err(SessionError::Silent(silence.heard.elapsed()));
                 }
             }
             _ = ticks.tick() => {
                 send_beat(&connection);
-                look_at = Instant::now() + ECHO_WAIT;
+                silence.look_in(acknowledgement_wait(&connection).max(ECHO_WAIT));
             }
             Ok(()) = network.changed() => {
                 tracing::debug!(local = ?endpoint.local_addr(), "the network has changed under a QUIC link");
+                rebind(&endpoint);
                 send_beat(&connection);
-                look_at = Instant::now() + ECHO_WAIT;
-                deadline = deadline.min(Instant::now() + PROBE_TIMEOUT);
+                let now = Instant::now();
+                silence.doubt_at = Some(now + super::answer_wait(connection.rtt()));
+                silence.deadline = silence.deadline.min(now + PROBE_TIMEOUT);
             }
         }
+    }
+}
+
+/// A new socket. The hub sees the node come from another port and asks at once whether it is the same node; with the
+/// answer it also learns what was lost, which it would find out only much later by itself. What a NAT has forgotten is
+/// no matter then either.
+fn rebind(endpoint: &quinn::Endpoint) {
+    let renewed = endpoint.local_addr().and_then(|mut local| {
+        local.set_port(0);
+        endpoint.rebind(std::net::UdpSocket::bind(local)?)
+    });
+    if let Err(error) = renewed {
+        tracing::debug!(%error, "the QUIC link keeps its socket");
+    }
+}
+
+/// How long an acknowledgement may take; the hub may keep it back for a moment, and be busy.
+fn acknowledgement_wait(connection: &Connection) -> Duration {
+    (connection.rtt() * 2 + ACKNOWLEDGEMENT_DELAY).min(super::ANSWER_WAIT_MAX)
+}
+
+/// Since when nothing came, and what is done about it when something should have.
+struct Silence {
+    heard: Instant,
+    /// When the link is given up.
+    deadline: Instant,
+    /// When to look whether something came; `None` while nothing is expected.
+    look_at: Option<Instant>,
+    /// When to doubt the link, after the network has changed.
+    doubt_at: Option<Instant>,
+    /// What had been sent when something came last, of what has to be acknowledged.
+    eliciting: u64,
+    /// Since when something should have come.
+    since: Option<Instant>,
+}
+
+impl Silence {
+    fn new(traffic: &Traffic, max: Duration) -> Self {
+        let heard = Instant::now();
+        Self {
+            heard,
+            deadline: heard + max,
+            look_at: Some(heard + ECHO_WAIT),
+            doubt_at: None,
+            eliciting: traffic.eliciting,
+            since: None,
+        }
+    }
+
+    fn handle_heard(&mut self, traffic: &Traffic, max: Duration) {
+        *self = Self { look_at: None, ..Self::new(traffic, max) };
+    }
+
+    fn look_in(&mut self, wait: Duration) {
+        let at = Instant::now() + wait;
+        self.look_at = Some(self.look_at.map_or(at, |look| look.min(at)));
+    }
+
+    /// Nothing has come. Whether to ask for an acknowledgement; QUIC itself asks less and less often.
+    fn handle_look(&mut self, traffic: &Traffic) -> bool {
+        let is_expected = traffic.eliciting != self.eliciting;
+        let now = Instant::now();
+        let since = *self.since.get_or_insert(now);
+        self.look_at = is_expected.then(|| now + super::probe_wait(now - since));
+        is_expected
     }
 }
 
@@ -341,6 +425,8 @@ struct Traffic {
     datagrams_in: u64,
     bytes_in: u64,
     bytes_out: u64,
+    /// Frames sent that have to be acknowledged, of the kinds that a link sends.
+    eliciting: u64,
 }
 
 impl Traffic {
@@ -350,6 +436,7 @@ impl Traffic {
             datagrams_in: stats.udp_rx.datagrams,
             bytes_in: stats.udp_rx.bytes,
             bytes_out: stats.udp_tx.bytes,
+            eliciting: stats.frame_tx.stream + stats.frame_tx.datagram,
         }
     }
 

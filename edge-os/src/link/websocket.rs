@@ -7,7 +7,7 @@
 
 use super::{
     Ended, LinkEvent, Outgoing, RETRY_AFTER_HEADER, Session, WRITE_TIMEOUT, bounded_retry, deliver,
-    deliver_batch,
+    deliver_batch, tcp,
 };
 use crate::config::{Endpoint, PROJECT_ID};
 use bytes::{Bytes, BytesMut};
@@ -19,6 +19,7 @@ use skerry_protocol::message::MESSAGE_LEN_MAX;
 use skerry_protocol::websocket::{self, CloseCode, Decoder, Message as Frame, Opcode, Role};
 use skerry_protocol::{MessageId, batch};
 use std::future::pending;
+use std::os::fd::AsFd;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -30,6 +31,10 @@ use tokio_rustls::client::TlsStream;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time for an answer after the network has changed under the connection.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long after a write the kernel is asked whether it was acknowledged, beyond the time for an answer.
+const LOOK_LATER: Duration = Duration::from_millis(350);
+/// Repetitions in vain until another connection is dialled beside this one: one may be lost on any network.
+const REPEATS_MAX: u8 = 2;
 /// Bytes that are encoded ahead of the socket. What is encoded can no longer be overtaken.
 const OUT_LEN_MAX: usize = 64 * 1024;
 /// The most that is read of a refusal.
@@ -150,6 +155,8 @@ pub(super) async fn run(
     // A hub without beats answers pings all the same, and is given as much time.
     let beat = agreed.beat.unwrap_or(session.stock_ping);
     let silence_max = agreed.silence_max().unwrap_or(beat * 2 + BEAT_GRACE);
+    let socket = opened.stream.get_ref().0.as_fd().try_clone_to_owned();
+    let socket = socket.map_err(super::SessionError::Io)?;
     let (mut reader, mut writer) = tokio::io::split(opened.stream);
     let mut decoder = Decoder::new(Role::Client, MESSAGE_LEN_MAX);
     let mut incoming = opened.incoming;
@@ -161,6 +168,12 @@ pub(super) async fn run(
     // The first ping at once: its answer is the first round trip that is known.
     out.push(Opcode::Ping, &[]);
     let mut pinged = Some(Instant::now());
+    // When to ask the kernel whether what was sent has been acknowledged, and since when it repeats.
+    let mut look_at = None;
+    let mut repeats_since = None;
+    // When to doubt the link, after the network has changed, and whether only a word of the hub ends that doubt.
+    let mut doubt_at = None;
+    let mut unanswered = false;
     loop {
         let mut delivered = false;
         loop {
@@ -210,6 +223,8 @@ pub(super) async fn run(
                 Ok(0) => return Err(super::SessionError::Closed),
                 Ok(len) => {
                     session.counters.add_in(len);
+                    session.set_doubt(false);
+                    (doubt_at, repeats_since, unanswered) = (None, None, false);
                     heard = Instant::now();
                     deadline = heard + silence_max;
                 }
@@ -217,6 +232,7 @@ pub(super) async fn run(
             },
             written = out.write(&mut writer) => {
                 session.counters.add_out(written.map_err(super::SessionError::Io)?);
+                look_at.get_or_insert(Instant::now() + session.answer_wait() + LOOK_LATER);
                 for id in out.take_written() {
                     session.tell(LinkEvent::Written(id)).await?;
                 }
@@ -233,10 +249,32 @@ pub(super) async fn run(
                 out.push(Opcode::Ping, &[]);
                 pinged.get_or_insert(Instant::now());
             }
+            () = until(look_at) => {
+                let repeats = tcp::repeats(&socket).filter(|repeats| repeats.is_waiting);
+                match repeats {
+                    None => {
+                        session.set_doubt(unanswered);
+                        (look_at, repeats_since) = (None, None);
+                    }
+                    Some(repeats) => {
+                        let since = *repeats_since.get_or_insert(Instant::now());
+                        look_at = Some(Instant::now() + super::probe_wait(since.elapsed()));
+                        if repeats.count >= REPEATS_MAX {
+                            session.set_doubt(true);
+                        }
+                    }
+                }
+            }
+            () = until(doubt_at) => {
+                (doubt_at, unanswered) = (None, true);
+                session.set_doubt(true);
+            }
             Ok(()) = network.changed() => {
+                let now = Instant::now();
                 out.push(Opcode::Ping, &[]);
-                deadline = deadline.min(Instant::now() + PROBE_TIMEOUT);
-                pinged.get_or_insert(Instant::now());
+                doubt_at = Some(now + session.answer_wait());
+                deadline = deadline.min(now + PROBE_TIMEOUT);
+                pinged.get_or_insert(now);
             }
         }
     }

@@ -7,20 +7,9 @@ use base64::engine::general_purpose::STANDARD;
 use http::Method;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
+use skerry_protocol::application::is_discovery;
 use std::collections::BTreeMap;
 
-/// Paths whose answer the cloud gives as it is.
-const DISCOVERY: [&str; 9] = [
-    "/api",
-    "/apis",
-    "/version",
-    "/healthz",
-    "/livez",
-    "/readyz",
-    "/openapi/v2",
-    "/openapi/v3",
-    "/api/v1",
-];
 /// Query parameters that are options of lists and watches, with those that are numbers.
 const LIST_OPTIONS: [(&str, bool); 6] = [
     ("labelSelector", false),
@@ -81,9 +70,7 @@ impl Asked {
         {
             return None;
         }
-        if DISCOVERY.contains(&path)
-            || (segments.first() == Some(&"apis") && matches!(segments.len(), 2 | 3))
-        {
+        if is_discovery(path) {
             return Some(Self::Discovery(path.to_owned()));
         }
         let (group, version, rest) = match *segments.as_slice() {

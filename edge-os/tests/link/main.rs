@@ -3,6 +3,7 @@
 //! There is no container runtime in these tests: the pod engine waits for one, everything else goes on.
 
 mod cloud;
+mod jobs;
 mod owed;
 mod transports;
 mod tunnel;
@@ -28,16 +29,21 @@ impl Node {
         Self::start_with(dir, cloud, "")
     }
 
-    /// `more` are lines of the configuration.
-    fn start_with(dir: &Path, cloud: &Cloud, more: &str) -> Self {
+    /// The text of a configuration; `more` are lines of it.
+    fn text(dir: &Path, cloud: &Cloud, more: &str) -> String {
         let dir = dir.display();
-        let text = format!(
+        format!(
             "nodeName: edge1\nhub: wss://127.0.0.1:{}\nquic: off\nenrol: https://127.0.0.1:{}\ntoken: {}\n\
              dir: {dir}/edge\npodLogDir: {dir}/logs\nruntimeSocket: {dir}/none.sock\nlabels: {{site: lisbon}}\nnodeIP: 192.0.2.2\n{more}",
             cloud.hub_port(),
             cloud.enrol_port,
             cloud.token(),
-        );
+        )
+    }
+
+    /// `more` are lines of the configuration.
+    fn start_with(dir: &Path, cloud: &Cloud, more: &str) -> Self {
+        let text = Self::text(dir, cloud, more);
         let config = Config::parse(Path::new("edge.yaml"), &text).expect("a configuration");
         let stop = CancellationToken::new();
         let task = tokio::spawn(agent::run(config, stop.clone()));

@@ -3,7 +3,8 @@
 use crate::Node;
 use crate::cloud::Cloud;
 use bytes::BytesMut;
-use skerry_protocol::tunnel::{Connect, Frame, FrameKind};
+use skerry_protocol as protocol;
+use skerry_protocol::tunnel::{Connect, DEMAND, Frame, FrameKind};
 use skerry_protocol::websocket::{self, Decoder, Message, Opcode, Role};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -96,6 +97,8 @@ async fn streams_that_cannot_be_served_end_with_words_and_nothing_holds_up_the_r
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let port = listener.local_addr().expect("bound").port();
     let node = Node::start_with(dir.path(), &cloud, &format!("tunnel: wss://127.0.0.1:{port}\n"));
+    // A hub that cannot ask for a tunnel has it from the beginning.
+    let _session = cloud.accept(None).await;
     let accept = Tunnel::accept(&cloud, &listener);
     let mut tunnel = tokio::time::timeout(PATIENCE, accept).await.expect("the node dials");
     for line in [
@@ -144,5 +147,30 @@ async fn streams_that_cannot_be_served_end_with_words_and_nothing_holds_up_the_r
         Frame::new(5, FrameKind::Data, *b"# metrics are not supported on this node yet\n")
     );
     assert_eq!(tunnel.next().await, Frame::new(5, FrameKind::RemoveConnect, []));
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn our_hub_gets_the_tunnel_when_it_asks_and_again_when_it_has_lost_it() {
+    let (dir, cloud) = (tempfile::tempdir().expect("a directory"), Cloud::start(None).await);
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("bound").port();
+    let node = Node::start_with(dir.path(), &cloud, &format!("tunnel: wss://127.0.0.1:{port}\n"));
+    let mut session = cloud.accept(Some("window,receipts,beat=60")).await;
+    for _ in 0..2 {
+        let demand = protocol::Message::new(
+            0,
+            "cloudstream",
+            "stream",
+            protocol::Operation::Get,
+            DEMAND,
+            &serde_json::Value::Null,
+        );
+        session.send(&demand).await;
+        let accept = Tunnel::accept(&cloud, &listener);
+        let mut tunnel = tokio::time::timeout(PATIENCE, accept).await.expect("the node dials");
+        tunnel.connect(1, FrameKind::LogsConnect, "/containerLogs/default/nobody/c").await;
+        assert_eq!(tunnel.next().await.kind, FrameKind::Data);
+    }
     node.stop().await;
 }

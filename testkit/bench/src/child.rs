@@ -67,10 +67,25 @@ impl Child {
 
     /// Resident bytes.
     pub(crate) fn rss(&self) -> Result<u64> {
+        self.status("VmRSS:")
+    }
+
+    /// Most resident bytes since the start or the last [`Self::forget_peak`].
+    pub(crate) fn rss_peak(&self) -> Result<u64> {
+        self.status("VmHWM:")
+    }
+
+    /// The peak is what it is now.
+    pub(crate) fn forget_peak(&self) -> Result<()> {
+        std::fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5")
+            .context("could not reset the peak of the memory")
+    }
+
+    fn status(&self, name: &str) -> Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
         let kib = line.and_then(|line| line.trim().split(' ').next());
-        Ok(kib.context("no VmRSS")?.parse::<u64>()? * 1024)
+        Ok(kib.with_context(|| format!("no {name}"))?.parse::<u64>()? * 1024)
     }
 }
 

@@ -80,20 +80,30 @@ impl Emulator {
         (sum(|way| &way.packets), sum(|way| &way.bytes))
     }
 
-    /// Pulls the cable at the node's end: its device is down and nothing passes.
-    pub(crate) fn unplug(&self) -> Result<()> {
+    /// Lets nothing pass any more, of which neither end is told: somewhere in between a cable is out.
+    pub(crate) fn block(&self) {
         for way in &self.ways {
             way.blocked.store(true, Ordering::Relaxed);
             way.queue.lock().expect("no holder panics").clear();
         }
+    }
+
+    /// Lets packets pass again.
+    pub(crate) fn unblock(&self) {
+        for way in &self.ways {
+            way.blocked.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Pulls the cable at the node's end: its device is down and nothing passes.
+    pub(crate) fn unplug(&self) -> Result<()> {
+        self.block();
         ip(&["-n", &self.node_namespace, "link", "set", DEVICE, "down"])
     }
 
     /// Puts the cable back.
     pub(crate) fn plug(&self) -> Result<()> {
-        for way in &self.ways {
-            way.blocked.store(false, Ordering::Relaxed);
-        }
+        self.unblock();
         ip(&["-n", &self.node_namespace, "link", "set", DEVICE, "up"])?;
         // The routes go with a device that is down.
         ip(&["-n", &self.node_namespace, "route", "replace", "default", "dev", DEVICE])

@@ -26,6 +26,10 @@ const BULK_PODS: usize = 10;
 const FAR: Weather = Weather { delay: Duration::from_millis(100), loss: 0.01 };
 /// The weather of the resume figure: a mobile network.
 const NEAR: Weather = Weather { delay: Duration::from_millis(25), loss: 0.0 };
+/// Time between two looks at the database of a peer, which is locked meanwhile.
+const PEER_LOOK_PAUSE: Duration = Duration::from_millis(250);
+/// A resume that takes longer is named.
+const RESUME_SLOW: Duration = Duration::from_secs(1);
 /// Lines of the agent's log that are shown when it did not start.
 const LOG_LINES: usize = 20;
 /// Requests of the API that are made at once while a fleet is set up.
@@ -44,15 +48,27 @@ pub(crate) struct Plan {
     /// Folder of the built programs
     #[arg(long)]
     programs: PathBuf,
-    /// Only these figures: bulk, resume, idle, fleet
+    /// Only these figures: bulk, resume, upstream, idle, fleet, hostile, peer
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Only this transport of the link: quic or websocket
+    #[arg(long)]
+    transport: Option<String>,
+    /// A KubeEdge EdgeCore, for the figure of our hub with it
+    #[arg(long)]
+    peer: Option<PathBuf>,
     /// Cuts of the resume figure
     #[arg(long, default_value_t = 200)]
     cuts: usize,
     /// Length of the idle measurement, in seconds
     #[arg(long, default_value_t = 300)]
     idle_seconds: u64,
+    /// Cuts that neither end is told of
+    #[arg(long, default_value_t = 100)]
+    upstream_cuts: usize,
+    /// Honest nodes beside a hostile one
+    #[arg(long, default_value_t = 200)]
+    honest: usize,
     /// Nodes of the fleet figures
     #[arg(long, default_value_t = 10_000)]
     nodes: usize,
@@ -65,22 +81,40 @@ pub(crate) struct Plan {
 pub(crate) async fn run(plan: Plan, hub_namespace: &str, node_namespace: &str) -> Result<()> {
     let wants = |figure: &str| plan.only.is_empty() || plan.only.iter().any(|only| only == figure);
     emulator::ip(&["-n", hub_namespace, "link", "set", "lo", "up"])?;
-    if wants("bulk") || wants("resume") || wants("idle") {
+    let on_link = ["bulk", "resume", "upstream", "idle"].into_iter().any(wants);
+    let with_peer = plan.peer.is_some() && wants("peer");
+    if on_link || with_peer {
         let emulator = Emulator::start(hub_namespace, node_namespace, plan.seed)?;
         for quic in [true, false] {
-            let site = Site::start(&plan, node_namespace, quic).await?;
             let name = if quic { "quic" } else { "websocket" };
-            if wants("bulk") {
-                bulk(&site, &emulator, name).await?;
+            if !on_link || plan.transport.as_ref().is_some_and(|only| only != name) {
+                continue;
             }
-            if wants("resume") {
-                resume(&site, &emulator, &plan, name).await?;
+            if ["bulk", "resume", "upstream"].into_iter().any(wants) {
+                let site = Site::start(&plan, node_namespace, quic).await?;
+                if wants("bulk") {
+                    bulk(&site, &emulator, &format!("bulk_sync_{name}_s")).await?;
+                }
+                if wants("resume") {
+                    resume(&site, &emulator, &plan, Cut::Cable, name).await?;
+                }
+                if wants("upstream") {
+                    resume(&site, &emulator, &plan, Cut::Upstream, name).await?;
+                }
+                site.stop().await;
             }
-            site.stop().await;
             if wants("idle") {
                 idle(&plan, &emulator, node_namespace, quic, name).await?;
             }
         }
+        if let Some(program) = plan.peer.as_deref().filter(|_| with_peer) {
+            let site = Site::start_peer(program, node_namespace).await?;
+            bulk(&site, &emulator, "bulk_sync_go_edge_s").await?;
+            site.stop().await;
+        }
+    }
+    if wants("hostile") {
+        crate::hostile::measure(plan.honest).await?;
     }
     if wants("fleet") {
         crate::fleet::measure(plan.nodes).await?;
@@ -165,6 +199,20 @@ impl Cloud {
 struct Site {
     cloud: Cloud,
     agent: Child,
+    /// The agent's database, and the table in which it keeps objects.
+    database: PathBuf,
+    table: &'static str,
+    /// Time between two looks at it.
+    look_pause: Duration,
+}
+
+/// What is cut, and who is told.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    /// The cable of the node; its system is told.
+    Cable,
+    /// Something in between; nobody is told.
+    Upstream,
 }
 
 impl Site {
@@ -184,6 +232,7 @@ impl Site {
             "hub": format!("wss://{}", cloud.address("hub")?),
             "quic": if quic { format!("quic://{}", cloud.address("quic")?) } else { "off".to_owned() },
             "enrol": format!("https://{}", cloud.address("enrol")?),
+            "tunnel": format!("wss://{}", cloud.address("tunnel")?),
             "token": token.to_string(),
             "dir": dir.join("state"),
             "podDir": dir.join("pods"),
@@ -202,27 +251,79 @@ impl Site {
             &["run", "--config", file.to_str().context("the path is no text")?],
             &dir.join("edgecore.log"),
         )?;
-        let site = Self { cloud, agent };
+        let database = dir.join("state/state.db");
+        let site = Self { cloud, agent, database, table: "objects", look_pause: Duration::ZERO };
         let nodes: Api<Node> = Api::all(site.cloud.admin.clone());
         let registered =
             wait("the node to register", async || Ok(nodes.get_opt(Self::NODE).await?.is_some()));
         if let Err(error) = registered.await {
-            let log = std::fs::read_to_string(dir.join("edgecore.log")).unwrap_or_default();
-            let tail: Vec<&str> = log.lines().rev().take(LOG_LINES).collect();
-            let tail: Vec<&str> = tail.into_iter().rev().collect();
-            return Err(error.context(format!("the agent said:\n{}", tail.join("\n"))));
+            return Err(error.context(tail(&dir.join("edgecore.log"))));
         }
         Ok(site)
     }
 
-    fn database(&self) -> PathBuf {
-        self.cloud.dir().join("edge/state/state.db")
+    /// With a KubeEdge EdgeCore. Its pod engine is off, so that it needs no container runtime; the Node is made here.
+    async fn start_peer(program: &Path, namespace: &str) -> Result<Self> {
+        let cloud = Cloud::start(emulator::HUB, async |_| Ok(())).await?;
+        let dir = cloud.dir().join("edge");
+        std::fs::create_dir_all(&dir)?;
+        let nodes: Api<Node> = Api::all(cloud.admin.clone());
+        let node = json!({"metadata": {"name": Self::NODE, "labels": {"node-role.kubernetes.io/edge": ""}}});
+        nodes.create(&PostParams::default(), &object(node)?).await?;
+        let token = skerry_cloudcore::create_token(&cloud.admin, Self::NODE, PATIENCE).await?;
+        let off = json!({"enable": false});
+        let config = json!({
+            "apiVersion": "edgecore.config.kubeedge.io/v1alpha2",
+            "kind": "EdgeCore",
+            "database": {"dataSource": dir.join("edgecore.db")},
+            "modules": {
+                "edgeHub": {
+                    "enable": true,
+                    "httpServer": format!("https://{}", cloud.address("enrol")?),
+                    "token": token.to_string(),
+                    "tlsCaFile": dir.join("ca.crt"), "tlsCertFile": dir.join("edge.crt"),
+                    "tlsPrivateKeyFile": dir.join("edge.key"),
+                    "websocket": {"enable": true, "server": cloud.address("hub")?},
+                    "quic": off,
+                },
+                "edged": {"enable": false, "hostnameOverride": Self::NODE, "nodeIP": emulator::NODE},
+                "metaManager": {"enable": true, "metaServer": off},
+                "edgeStream": off, "eventBus": off, "deviceTwin": off, "serviceBus": off,
+                "taskManager": off,
+            },
+        });
+        let file = dir.join("edgecore.yaml");
+        std::fs::write(&file, config.to_string())?;
+        let log = dir.join("edgecore.log");
+        let arguments = ["--config", file.to_str().context("the path is no text")?];
+        let agent = Child::in_namespace(namespace, program, &arguments, &log)?;
+        let database = dir.join("edgecore.db");
+        let mut site = Self { cloud, agent, database, table: "meta", look_pause: PEER_LOOK_PAUSE };
+        let connected = async {
+            let start = Instant::now();
+            while site.cloud.hub.ask("links")?["links"] != 1 {
+                ensure!(start.elapsed() < PATIENCE, "the peer did not connect");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            Ok(())
+        };
+        let connected = connected.await;
+        connected.map_err(|error: anyhow::Error| error.context(tail(&log)))?;
+        Ok(site)
     }
 
     async fn stop(self) {
         drop(self.agent);
         self.cloud.stop().await;
     }
+}
+
+/// The last lines of an agent's log.
+fn tail(log: &Path) -> String {
+    let log = std::fs::read_to_string(log).unwrap_or_default();
+    let mut lines: Vec<&str> = log.lines().rev().take(LOG_LINES).collect();
+    lines.reverse();
+    format!("the agent said:\n{}", lines.join("\n"))
 }
 
 /// Waits until the answer is yes.
@@ -243,7 +344,10 @@ pub(crate) async fn wait(what: &str, question: impl AsyncFn() -> Result<bool>) -
 /// The agent's database, read beside it.
 fn open(path: &Path) -> Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    Connection::open_with_flags(path, flags).context("could not open the agent's database")
+    let database = Connection::open_with_flags(path, flags);
+    let database = database.context("could not open the agent's database")?;
+    database.busy_timeout(PATIENCE)?;
+    Ok(database)
 }
 
 /// Text that deflate cannot shrink to nothing: hexadecimal digits, four bits of a byte each.
@@ -254,7 +358,7 @@ pub(crate) fn payload(seed: u64, len: usize) -> String {
 }
 
 /// ConfigMaps first, then the pods that want them: the clock runs from the first pod to the last row on the node's disk.
-async fn bulk(site: &Site, emulator: &Emulator, transport: &str) -> Result<()> {
+async fn bulk(site: &Site, emulator: &Emulator, figure: &str) -> Result<()> {
     emulator.set(FAR);
     let configs: Api<ConfigMap> = Api::namespaced(site.cloud.admin.clone(), "default");
     stream::iter(0..BULK_OBJECTS)
@@ -285,38 +389,53 @@ async fn bulk(site: &Site, emulator: &Emulator, transport: &str) -> Result<()> {
         }))?;
         pods.create(&PostParams::default(), &pod).await?;
     }
-    let database = open(&site.database())?;
-    let held = "SELECT count(*) FROM objects WHERE type = 'configmap' AND key LIKE 'default/configmap/bulk-%'";
+    let database = open(&site.database)?;
+    let held = format!(
+        "SELECT count(*) FROM {} WHERE type = 'configmap' AND key LIKE 'default/configmap/bulk-%'",
+        site.table
+    );
     wait("the last object", async || {
-        let count: i64 = database.query_row(held, [], |row| row.get(0))?;
+        // A peer's database is locked while it is read.
+        tokio::time::sleep(site.look_pause).await;
+        let count: i64 = database.query_row(&held, [], |row| row.get(0))?;
         Ok(usize::try_from(count)? == BULK_OBJECTS)
     })
     .await?;
     let took = start.elapsed().as_secs_f64();
-    print(&format!("bulk_sync_{transport}_s"), "s", took, Some(KUBEEDGE_BULK_S));
+    print(figure, "s", took, Some(KUBEEDGE_BULK_S));
     emulator.set(Weather::default());
     Ok(())
 }
 
-/// The cable is pulled, an object changes, the cable is back: how long until the change is on the node's disk?
-async fn resume(site: &Site, emulator: &Emulator, plan: &Plan, transport: &str) -> Result<()> {
+/// Nothing gets through, an object changes, the way is open again: how long until the change is on the node's disk?
+async fn resume(
+    site: &Site,
+    emulator: &Emulator,
+    plan: &Plan,
+    cut: Cut,
+    transport: &str,
+) -> Result<()> {
     use rand::{Rng, SeedableRng, rngs::StdRng};
     let mut random = StdRng::seed_from_u64(plan.seed);
     let configs: Api<ConfigMap> = Api::namespaced(site.cloud.admin.clone(), "default");
     let pods: Api<Pod> = Api::namespaced(site.cloud.admin.clone(), "default");
-    let config = object(json!({"metadata": {"name": "delta"}, "data": {"value": "start"}}))?;
+    let (delta, cuts, figure) = match cut {
+        Cut::Cable => ("delta", plan.cuts, "resume"),
+        Cut::Upstream => ("delta-upstream", plan.upstream_cuts, "resume_upstream"),
+    };
+    let config = object(json!({"metadata": {"name": delta}, "data": {"value": "start"}}))?;
     configs.create(&PostParams::default(), &config).await?;
     let pod = object(json!({
-        "metadata": {"name": "delta"},
+        "metadata": {"name": delta},
         "spec": {"nodeName": Site::NODE, "automountServiceAccountToken": false,
-            "containers": [{"name": "c", "image": "none", "envFrom": [{"configMapRef": {"name": "delta"}}]}]},
+            "containers": [{"name": "c", "image": "none", "envFrom": [{"configMapRef": {"name": delta}}]}]},
     }))?;
     pods.create(&PostParams::default(), &pod).await?;
-    let database = open(&site.database())?;
+    let database = open(&site.database)?;
     let held = async |value: &str| {
         let row = database.query_row(
-            "SELECT json FROM objects WHERE key = 'default/configmap/delta'",
-            [],
+            "SELECT json FROM objects WHERE key = ?1",
+            [format!("default/configmap/{delta}")],
             |row| row.get::<_, String>(0),
         );
         let json = match row {
@@ -329,19 +448,30 @@ async fn resume(site: &Site, emulator: &Emulator, plan: &Plan, transport: &str) 
     };
     emulator.set(NEAR);
     wait("the object before the first cut", async || held("start").await).await?;
-    let mut times = Vec::with_capacity(plan.cuts);
-    for cut in 0..plan.cuts {
-        emulator.unplug()?;
-        let value = cut.to_string();
+    let mut times = Vec::with_capacity(cuts);
+    for number in 0..cuts {
+        match cut {
+            Cut::Cable => emulator.unplug()?,
+            Cut::Upstream => emulator.block(),
+        }
+        let value = number.to_string();
         let patch = json!({"data": {"value": value}});
-        configs.patch("delta", &PatchParams::default(), &Patch::Merge(&patch)).await?;
-        tokio::time::sleep(Duration::from_millis(random.random_range(200..3000))).await;
+        configs.patch(delta, &PatchParams::default(), &Patch::Merge(&patch)).await?;
+        let lasts = Duration::from_millis(random.random_range(200..3000));
+        tokio::time::sleep(lasts).await;
         let start = Instant::now();
-        emulator.plug()?;
+        match cut {
+            Cut::Cable => emulator.plug()?,
+            Cut::Upstream => emulator.unblock(),
+        }
         wait("the change after a cut", async || held(&value).await).await?;
-        times.push(start.elapsed().as_secs_f64());
-        if cut % 20 == 19 {
-            say(format!("{} of {} cuts ({transport})", cut + 1, plan.cuts));
+        let took = start.elapsed();
+        if took > RESUME_SLOW {
+            say(format!("cut {number} of {lasts:.1?} took {took:.2?}"));
+        }
+        times.push(took.as_secs_f64());
+        if number % 20 == 19 {
+            say(format!("{} of {cuts} cuts ({transport})", number + 1));
         }
         tokio::time::sleep(Duration::from_millis(random.random_range(100..500))).await;
     }
@@ -349,8 +479,8 @@ async fn resume(site: &Site, emulator: &Emulator, plan: &Plan, transport: &str) 
     let at = |share: f64| {
         times[((times.len() as f64 * share).ceil() as usize).clamp(1, times.len()) - 1]
     };
-    print(&format!("resume_p50_{transport}_s"), "s", at(0.5), Some(KUBEEDGE_RESUME_S));
-    print(&format!("resume_p99_{transport}_s"), "s", at(0.99), Some(KUBEEDGE_RESUME_S));
+    print(&format!("{figure}_p50_{transport}_s"), "s", at(0.5), Some(KUBEEDGE_RESUME_S));
+    print(&format!("{figure}_p99_{transport}_s"), "s", at(0.99), Some(KUBEEDGE_RESUME_S));
     emulator.set(Weather::default());
     Ok(())
 }

@@ -6,6 +6,7 @@ use crate::nodes::{Orders, VALUE};
 use anyhow::{Result, ensure};
 use base64::Engine;
 use futures::stream::{self, StreamExt, TryStreamExt};
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
 use kube::api::{Api, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
@@ -15,6 +16,8 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(300);
 /// Changes of the object that all nodes hold; the median is printed.
 const CHANGES: usize = 5;
+/// Renewals of Leases whose time is measured.
+const LEASE_WRITES: usize = 2000;
 
 /// Measures a hub with `count` nodes and prints.
 pub(crate) async fn measure(count: usize) -> Result<()> {
@@ -33,6 +36,7 @@ pub(crate) async fn measure(count: usize) -> Result<()> {
         ca: base64(&cloud.pki.ca()),
         key: base64(cloud.pki.node_key().secret_der()),
         nodes: certificates,
+        hostile: None,
     };
     std::fs::write(&orders, serde_json::to_vec(&written)?)?;
     let mut nodes =
@@ -59,6 +63,8 @@ pub(crate) async fn measure(count: usize) -> Result<()> {
         (requests_synced - requests_alone) / objects,
         None,
     );
+
+    print("lease_writes_per_s", "writes", lease_writes(&cloud.admin).await?, None);
 
     let configs: Api<ConfigMap> = Api::namespaced(cloud.admin.clone(), "default");
     let mut times = Vec::with_capacity(CHANGES);
@@ -94,6 +100,38 @@ pub(crate) async fn measure(count: usize) -> Result<()> {
     Ok(())
 }
 
+/// How many renewals of Leases the embedded API takes in a second, beside those of the hub.
+async fn lease_writes(client: &kube::Client) -> Result<f64> {
+    let leases: Api<Lease> = Api::namespaced(client.clone(), "kube-node-lease");
+    stream::iter(0..PARALLEL)
+        .map(Ok::<_, anyhow::Error>)
+        .try_for_each_concurrent(PARALLEL, |index| {
+            let leases = leases.clone();
+            async move {
+                let name = format!("bench-{index}");
+                let lease = object(json!({"metadata": {"name": name}, "spec": {}}))?;
+                leases.create(&PostParams::default(), &lease).await?;
+                Ok(())
+            }
+        })
+        .await?;
+    let start = Instant::now();
+    stream::iter(0..LEASE_WRITES)
+        .map(Ok::<_, anyhow::Error>)
+        .try_for_each_concurrent(PARALLEL, |index| {
+            let leases = leases.clone();
+            async move {
+                let renewed = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%S%.6fZ").to_string();
+                let patch = json!({"spec": {"renewTime": renewed, "leaseDurationSeconds": 40}});
+                let name = format!("bench-{}", index % PARALLEL);
+                leases.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await?;
+                Ok(())
+            }
+        })
+        .await?;
+    Ok(LEASE_WRITES as f64 / start.elapsed().as_secs_f64())
+}
+
 fn name(index: usize) -> String {
     format!("node-{index:05}")
 }
@@ -103,7 +141,12 @@ fn requests(hub: &mut Child) -> Result<f64> {
 }
 
 /// Asks first `question`, then for the numbers, until `figure` is `count`; the seconds that took.
-async fn until(nodes: &mut Child, question: &str, figure: &str, count: usize) -> Result<f64> {
+pub(crate) async fn until(
+    nodes: &mut Child,
+    question: &str,
+    figure: &str,
+    count: usize,
+) -> Result<f64> {
     let start = Instant::now();
     let mut told = start;
     let mut stats = nodes.ask(question)?;

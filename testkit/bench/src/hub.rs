@@ -1,5 +1,5 @@
-//! The hub alone in a process, so that its memory is its own. It prints its addresses and answers `requests` with the
-//! number of requests it has made to the API, renewals of Leases left out.
+//! The hub alone in a process, so that its memory is its own. It prints its addresses and answers every question with
+//! the number of requests it has made to the API, renewals of Leases left out, and the number of links that are up.
 
 use anyhow::{Context, Result};
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -41,6 +41,7 @@ pub(crate) async fn run(kubeconfig: &Path, address: IpAddr) -> Result<()> {
         dir: None,
         node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
         shared_token: false,
+        router: None,
         impersonate: false,
     };
     let cloud = CloudCore::start(client, config).await?;
@@ -55,14 +56,22 @@ pub(crate) async fn run(kubeconfig: &Path, address: IpAddr) -> Result<()> {
         })
     );
     // Standard input blocks, and nothing else may wait for it.
+    let cloud = Arc::new(cloud);
+    let asked = Arc::clone(&cloud);
+    let runtime = tokio::runtime::Handle::current();
     tokio::task::spawn_blocking(move || {
         for line in std::io::stdin().lock().lines() {
-            line.context("no more questions")?;
-            println!("{}", json!({"requests": requests.load(Ordering::Relaxed)}));
+            let links = match line.context("no more questions")?.as_str() {
+                "links" => runtime.block_on(asked.links()).len(),
+                _ => 0,
+            };
+            println!("{}", json!({"requests": requests.load(Ordering::Relaxed), "links": links}));
         }
         anyhow::Ok(())
     })
     .await??;
-    cloud.shutdown().await;
+    if let Some(cloud) = Arc::into_inner(cloud) {
+        cloud.shutdown().await;
+    }
     Ok(())
 }

@@ -14,6 +14,7 @@ mod child;
 mod emulator;
 mod figures;
 mod fleet;
+mod hostile;
 mod hub;
 mod nodes;
 mod pki;

@@ -3,8 +3,9 @@
 //! Each is a real TLS connection with a certificate of its own and speaks the link of our own edge: digest, window,
 //! acknowledgements, beats. What it holds is kept in memory; what a real agent does with it is not simulated.
 //!
-//! Questions on standard input, each answered with one line of JSON: `connect`, `cut`, `stats`, `want VALUE`.
+//! Questions on standard input, each answered with one line of JSON: `connect`, `cut`, `stats`, `want VALUE`, `times`.
 
+use crate::hostile::Hostile;
 use anyhow::{Context, Result, bail, ensure};
 use bytes::BytesMut;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -20,7 +21,7 @@ use std::io::BufRead;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, watch};
@@ -35,6 +36,8 @@ pub(crate) const VALUE: &str = "value";
 const DIALS_MAX: usize = 64;
 /// Between two beats of one node.
 const BEAT: Duration = Duration::from_secs(60);
+/// Times that are kept until somebody asks for them.
+const TIMES_MAX: usize = 1_000_000;
 /// Longest wait before a node dials again when the hub says nothing.
 const BACKOFF_MAX: Duration = Duration::from_secs(4);
 
@@ -49,6 +52,9 @@ pub(crate) struct Orders {
     pub(crate) key: String,
     /// Name and certificate of each.
     pub(crate) nodes: Vec<(String, String)>,
+    /// What they do instead of what they should.
+    #[serde(default)]
+    pub(crate) hostile: Option<Hostile>,
 }
 
 struct Fleet {
@@ -60,6 +66,9 @@ struct Fleet {
     refused: AtomicUsize,
     wanted: Mutex<String>,
     at_wanted: AtomicUsize,
+    /// When the wanted value was named, and how long each node then took to have it, in seconds.
+    times: Mutex<(Instant, Vec<f64>)>,
+    hostile: Option<Hostile>,
 }
 
 /// Runs until standard input ends.
@@ -79,6 +88,8 @@ pub(crate) async fn run(orders: Orders) -> Result<()> {
         refused: AtomicUsize::new(0),
         wanted: Mutex::new(String::new()),
         at_wanted: AtomicUsize::new(0),
+        times: Mutex::new((Instant::now(), Vec::new())),
+        hostile: orders.hostile,
     });
     let (link, links) = watch::channel(false);
     for (name, certificate) in orders.nodes {
@@ -109,6 +120,12 @@ pub(crate) async fn run(orders: Orders) -> Result<()> {
                     let mut wanted = fleet.wanted.lock().expect("no holder panics");
                     value.clone_into(&mut wanted);
                     fleet.at_wanted.store(0, Ordering::SeqCst);
+                    fleet.times.lock().expect("no holder panics").0 = Instant::now();
+                }
+                ("times", _) => {
+                    let times = &mut fleet.times.lock().expect("no holder panics").1;
+                    println!("{}", json!({"times": std::mem::take(times)}));
+                    continue;
                 }
                 ("stats", _) => {}
                 _ => bail!("unknown question `{line}`"),
@@ -175,7 +192,10 @@ impl Node {
             self.fleet.dialled.fetch_add(1, Ordering::SeqCst);
             (self.dial(&mut bytes).await?, Counted::new(&self.fleet, |fleet| &fleet.connected))
         };
-        self.talk(stream, bytes).await
+        match self.fleet.hostile {
+            Some(hostile) => hostile.talk(stream, &self.name).await,
+            None => self.talk(stream, bytes).await,
+        }
     }
 
     async fn dial(&self, bytes: &mut BytesMut) -> Result<TlsStream<TcpStream>> {
@@ -298,6 +318,11 @@ impl Node {
             let wanted = self.fleet.wanted.lock().expect("no holder panics");
             if value == *wanted && value != self.value {
                 self.fleet.at_wanted.fetch_add(1, Ordering::SeqCst);
+                let mut times = self.fleet.times.lock().expect("no holder panics");
+                let took = times.0.elapsed().as_secs_f64();
+                if times.1.len() < TIMES_MAX {
+                    times.1.push(took);
+                }
             }
             self.value = value;
         }
@@ -323,12 +348,12 @@ impl Drop for Counted {
     }
 }
 
-fn text(message: &Message, out: &mut BytesMut) {
+pub(crate) fn text(message: &Message, out: &mut BytesMut) {
     let json = message.encode();
     websocket::encode(Role::Client, Opcode::Text, json.as_bytes(), rand::random(), out);
 }
 
-fn now_ms() -> i64 {
+pub(crate) fn now_ms() -> i64 {
     jiff::Timestamp::now().as_millisecond()
 }
 

@@ -472,8 +472,11 @@ impl Hub {
                 };
                 let namespace = (choices.below(4) > 0).then(|| "default".into());
                 let word = match choices.below(5) {
-                    0 => Word::Gone { name, namespace },
-                    1 => Word::Unavailable,
+                    0 => Word::Gone { name, namespace, at: choices.below(8) as u64 },
+                    1 => match choices.below(2) {
+                        0 => Word::Unavailable,
+                        _ => Word::Listing([Scope::Namespaced, Scope::Cluster][choices.below(2)]),
+                    },
                     2 => {
                         let scope = [Scope::Namespaced, Scope::Cluster][choices.below(2)];
                         Word::Listed(scope, BTreeSet::from([(namespace, name)]))
@@ -485,15 +488,22 @@ impl Hub {
                         let spec = SyncSpec { api_version, kind, name: choices.name().into() };
                         let version = choices.version();
                         let version = (!version.is_empty()).then(|| version.into());
-                        Word::Seen { name, namespace, spec, version }
+                        let (at, is_in_list) = (choices.below(8) as u64, choices.below(4) == 0);
+                        Word::Seen { name, namespace, spec, version, at, is_in_list }
                     }
                 };
                 self.handle(Input::Sync(word), now);
             }
             17 if !self.writes.is_empty() => {
                 let write = self.writes.swap_remove(choices.below(self.writes.len()));
-                let outcome = [Outcome::Done, Outcome::Failed, Outcome::Missing, Outcome::Refused]
-                    [choices.below(4)];
+                let at = choices.below(8) as u64;
+                let outcome = match choices.below(5) {
+                    0 => Outcome::Done(at),
+                    1 => Outcome::Failed,
+                    2 => Outcome::Conflict,
+                    3 => Outcome::Refused,
+                    _ => Outcome::Found { version: Some(choices.version().into()), at },
+                };
                 let word = Word::Written { node: write.node, id: write.id, outcome };
                 self.handle(Input::Sync(word), now);
             }

@@ -5,11 +5,13 @@ use serde_json::{Value, json};
 use skerry_cloudcore_core::downstream::{Key, Kind};
 use skerry_cloudcore_core::enrol;
 use skerry_cloudcore_core::upstream::{answer, device, event, job, node, pod};
+use skerry_protocol::bus;
 use skerry_protocol::certificate::{Bundle, CertificateReply, CertificateRequest};
 use skerry_protocol::delivery::ack_required;
 use skerry_protocol::digest::Digest;
 use skerry_protocol::enrol::{Claims, JoinToken};
 use skerry_protocol::frame::{self, Hello, HelloReply};
+use skerry_protocol::job as jobs;
 use skerry_protocol::message::UPSTREAM_LEN_MAX;
 use skerry_protocol::priority::Class;
 use skerry_protocol::tunnel::{Connect, Frame};
@@ -150,7 +152,8 @@ pub(super) fn resource(bytes: &[u8]) {
             assert_eq!(key.path(), path.to_string(), "a key is its path");
         }
     }
-    let _ = (job::parse_path(&text), job::parse_task_path(&text), device::parse(&text));
+    let _ = (jobs::parse_path(&text), jobs::parse_task_path(&text), device::parse(&text));
+    let _ = jobs::parse_stage_path(&text);
     let _ = (certificate::request_node(&text), certificate::bundle_node(&text));
 }
 
@@ -168,6 +171,11 @@ pub(super) fn contents(bytes: &[u8]) {
     let _ = serde_json::from_slice::<CertificateRequest>(bytes);
     let _ = serde_json::from_slice::<CertificateReply>(bytes);
     let _ = serde_json::from_slice::<Bundle>(bytes);
+    let _ = serde_json::from_slice::<jobs::ActionReport>(bytes);
+    let _ = serde_json::from_slice::<jobs::TaskReport>(bytes);
+    let _ = serde_json::from_slice::<jobs::TaskRequest>(bytes);
+    let _ = serde_json::from_slice::<bus::Call>(bytes);
+    let _ = serde_json::from_slice::<bus::CallResult>(bytes);
     if let Ok(digest) = digest {
         for path in digest.objects.keys() {
             resource(path.as_bytes());
@@ -219,8 +227,7 @@ pub(super) fn upstream(bytes: &[u8]) {
         let _ = (pod::legacy_reports(copy()).is_some(), pod::has_ended(&object));
         let report = serde_json::from_value(copy());
         let task = serde_json::from_value(copy());
-        for kind in ["nodeupgradejob", "imageprepulljob", "configupdatejob"] {
-            let kind = job::Kind::parse(kind).expect("a kind of job");
+        for kind in jobs::Kind::ALL {
             let job = json!({"status": {"nodeStatus": [{"nodeName": "edge1", "actionFlow": []}]}});
             if let Ok(report) = &report {
                 let _ = job::apply(kind, &mut job.clone(), "edge1", report);

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 use skerry_cloudcore_core::downstream::{Key, Kind};
+use skerry_cloudcore_core::objectsync::{Action, Outcome, SyncSpec, Write};
 use skerry_protocol::{Message, Operation, ResourcePath};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -18,6 +19,36 @@ pub(super) struct Change {
 /// Namespace and name of an ObjectSync record.
 pub(super) type SyncName = (Option<String>, String);
 
+/// An ObjectSync record.
+#[derive(Debug, Clone)]
+pub(super) struct SyncRecord {
+    pub(super) spec: SyncSpec,
+    /// Acknowledged version, if it was written.
+    pub(super) version: Option<Arc<str>>,
+    /// Its own version.
+    pub(super) at: u64,
+}
+
+/// One entry of the log of records.
+#[derive(Debug)]
+pub(super) struct SyncChange {
+    pub(super) name: SyncName,
+    pub(super) record: SyncRecord,
+    pub(super) deleted: bool,
+}
+
+/// Distance of two versions: how often a cluster may be restored and still never give out a version twice. (Where it
+/// does, nobody can tell the two apart.)
+const VERSION_STEP: u64 = 2;
+
+/// What a backup holds.
+#[derive(Debug)]
+pub(super) struct Backup {
+    objects: BTreeMap<Key, Value>,
+    syncs: BTreeMap<SyncName, SyncRecord>,
+    pub(super) version: u64,
+}
+
 /// The objects, and what happened to them.
 #[derive(Debug, Default)]
 pub(super) struct Cluster {
@@ -28,13 +59,32 @@ pub(super) struct Cluster {
     uids: u64,
     /// Texts of the events that arrived.
     pub(super) texts: BTreeSet<String>,
-    /// ObjectSync records by namespace and name: spec fields and acknowledged version.
-    pub(super) syncs: BTreeMap<SyncName, (Value, Option<String>)>,
-    /// Records that were written or deleted, for those who watch them: what they are now counts.
-    pub(super) sync_log: Vec<SyncName>,
+    /// ObjectSync records by namespace and name.
+    pub(super) syncs: BTreeMap<SyncName, SyncRecord>,
+    /// What happened to them, for those who watch them.
+    pub(super) sync_log: Vec<Arc<SyncChange>>,
 }
 
 impl Cluster {
+    pub(super) fn backup(&self) -> Backup {
+        let (objects, syncs) = (self.objects.clone(), self.syncs.clone());
+        Backup { objects, syncs, version: self.version }
+    }
+
+    /// Goes back to a backup, once. Pods that have ended since are ended again: nodes do not take them a second time.
+    pub(super) fn restore(&mut self, backup: Backup) {
+        let lost = std::mem::replace(&mut self.objects, backup.objects);
+        self.syncs = backup.syncs;
+        self.version = backup.version + 1;
+        let again: Vec<Key> = self.objects.keys().cloned().collect();
+        let uid = |object: Option<&Value>| object.map(|object| object["metadata"]["uid"].clone());
+        for key in again.iter().filter(|key| key.kind() == Kind::Pod) {
+            if uid(self.objects.get(key)) != uid(lost.get(key)) {
+                self.delete(key);
+            }
+        }
+    }
+
     pub(super) fn get(&self, key: &Key) -> Option<&Value> {
         self.objects.get(key)
     }
@@ -45,7 +95,7 @@ impl Cluster {
 
     /// Creates or replaces; versions and uid are the cluster's.
     pub(super) fn put(&mut self, key: &Key, mut object: Value) {
-        self.version += 1;
+        self.version += VERSION_STEP;
         let uid = match self.objects.get(key) {
             Some(old) => old["metadata"]["uid"].clone(),
             None => {
@@ -74,7 +124,7 @@ impl Cluster {
 
     pub(super) fn delete(&mut self, key: &Key) {
         if let Some(mut object) = self.objects.remove(key) {
-            self.version += 1;
+            self.version += VERSION_STEP;
             object["metadata"]["resourceVersion"] = self.version.to_string().into();
             self.log.push(Arc::new(Change { key: key.clone(), object, deleted: true }));
         }
@@ -108,6 +158,50 @@ impl Cluster {
         let last = seen.checked_sub(1).map(|last| &self.log[last].object);
         let version = last.and_then(|object| object["metadata"]["resourceVersion"].as_str());
         version.and_then(|version| version.parse().ok()).unwrap_or(0)
+    }
+
+    /// Carries out a write of an ObjectSync record, as the API and the hub's writer do. `half` is a bad moment: of the
+    /// two requests of a creation only the first is done.
+    pub(super) fn write_sync(&mut self, write: &Write, half: bool) -> Outcome {
+        let name = (write.id.namespace.as_deref().map(str::to_owned), write.name());
+        let is_seen = |at: u64| write.at == 0 || write.at == at;
+        let found = self.syncs.get(&name).cloned();
+        match (&write.action, found) {
+            (Action::Create(version), None) => {
+                let spec = write.spec.clone();
+                self.put_sync(&name, SyncRecord { spec: spec.clone(), version: None, at: 0 });
+                if half {
+                    return Outcome::Failed;
+                }
+                let version = Some(Arc::clone(version));
+                Outcome::Done(self.put_sync(&name, SyncRecord { spec, version, at: 0 }))
+            }
+            (Action::Create(_), Some(found)) => {
+                Outcome::Found { version: found.version, at: found.at }
+            }
+            (Action::Status(version), Some(found)) if is_seen(found.at) => {
+                let version = Some(Arc::clone(version));
+                Outcome::Done(self.put_sync(&name, SyncRecord { version, ..found }))
+            }
+            (Action::Delete, Some(record)) if is_seen(record.at) => {
+                self.version += VERSION_STEP;
+                self.syncs.remove(&name);
+                let record = SyncRecord { at: self.version, ..record };
+                self.sync_log.push(Arc::new(SyncChange { name, record, deleted: true }));
+                Outcome::Done(0)
+            }
+            (Action::Delete, None) => Outcome::Done(0),
+            (Action::Status(_) | Action::Delete, _) => Outcome::Conflict,
+        }
+    }
+
+    fn put_sync(&mut self, name: &SyncName, record: SyncRecord) -> u64 {
+        self.version += VERSION_STEP;
+        let record = SyncRecord { at: self.version, ..record };
+        self.syncs.insert(name.clone(), record.clone());
+        let change = SyncChange { name: name.clone(), record, deleted: false };
+        self.sync_log.push(Arc::new(change));
+        self.version
     }
 
     /// Does what a node asks for; `None` when it expects no answer.

@@ -1,9 +1,9 @@
 //! One hub: the real `Downstream`, and a real `Delivery` per connection.
 
-use super::cluster::{Change, Cluster, SyncName};
-use serde_json::json;
-use skerry_cloudcore_core::downstream::{Downstream, Input, Kind, Output, SessionId};
-use skerry_cloudcore_core::objectsync::{Action, Outcome, Scope, Word, Write};
+use super::cluster::{Change, Cluster, SyncChange, SyncName, SyncRecord};
+use serde_json::Value;
+use skerry_cloudcore_core::downstream::{Downstream, Input, Key, Kind, Output, SessionId};
+use skerry_cloudcore_core::objectsync::{Scope, Word, Write};
 use skerry_protocol::capability::Capabilities;
 use skerry_protocol::delivery::{Delivery, Event, Settings};
 use skerry_protocol::{Message, Operation};
@@ -28,7 +28,21 @@ pub(super) struct Hub {
     pub(super) seen: BTreeMap<Kind, usize>,
     /// The same for the log of records.
     pub(super) sync_seen: usize,
+    /// Watches that broke and read a list again; `None` is the one of records.
+    pub(super) lists: BTreeMap<Option<Kind>, List>,
+    list_count: u64,
     next_session: SessionId,
+}
+
+/// A list that is being read.
+pub(super) struct List {
+    /// A broken list is begun again under another number.
+    pub(super) number: u64,
+    /// How far the log is that it shows, once it has been read.
+    seen: Option<usize>,
+    objects: Vec<(Key, Value)>,
+    records: Vec<(SyncName, SyncRecord)>,
+    keys: BTreeSet<Key>,
 }
 
 /// What the world has to do for a hub.
@@ -37,7 +51,7 @@ pub(super) enum Task {
     Close {
         conn: u64,
     },
-    Fetch(skerry_cloudcore_core::downstream::Key),
+    Fetch(Key),
     Relist(String),
     Sync(Write),
     /// An object was acknowledged by a node.
@@ -56,29 +70,14 @@ impl Hub {
             epoch,
             seen: Kind::ALL.into_iter().map(|kind| (kind, cluster.log.len())).collect(),
             sync_seen: cluster.sync_log.len(),
+            lists: BTreeMap::new(),
+            list_count: 0,
             next_session: epoch * 1_000_000 + 1,
         };
         // Records of what KubeEdge nodes hold come first, as they are read first.
-        let mut listed: BTreeMap<bool, BTreeSet<(Option<Arc<str>>, Arc<str>)>> = BTreeMap::new();
-        for ((namespace, name), (spec, version)) in &cluster.syncs {
-            let namespace: Option<Arc<str>> = namespace.as_deref().map(Arc::from);
-            let name: Arc<str> = name.as_str().into();
-            listed
-                .entry(namespace.is_some())
-                .or_default()
-                .insert((namespace.clone(), Arc::clone(&name)));
-            let word = Word::Seen {
-                name,
-                namespace,
-                spec: read_spec(spec),
-                version: version.as_deref().map(Arc::from),
-            };
-            hub.input(Input::Sync(word), now, now_ms);
-        }
-        for (scope, namespaced) in [(Scope::Namespaced, true), (Scope::Cluster, false)] {
-            let names = listed.remove(&namespaced).unwrap_or_default();
-            hub.input(Input::Sync(Word::Listed(scope, names)), now, now_ms);
-        }
+        let records: Vec<_> =
+            cluster.syncs.iter().map(|(name, of)| (name.clone(), of.clone())).collect();
+        hub.tell_records(&records, now, now_ms);
         for kind in Kind::ALL {
             let of_kind: Vec<_> = cluster.objects().filter(|(key, _)| key.kind() == kind).collect();
             let keys: BTreeSet<_> = of_kind.iter().map(|(key, _)| (*key).clone()).collect();
@@ -94,6 +93,85 @@ impl Hub {
         self.downstream.handle(input, now, now_ms);
     }
 
+    /// The watch of a kind, or of records, breaks and begins anew with a list. Returns the list's number.
+    pub(super) fn begin_list(&mut self, of: Option<Kind>, now: Instant, now_ms: i64) -> u64 {
+        self.list_count += 1;
+        let (objects, records, keys) = (Vec::new(), Vec::new(), BTreeSet::new());
+        let list = List { number: self.list_count, seen: None, objects, records, keys };
+        self.lists.insert(of, list);
+        match of {
+            Some(kind) => self.input(Input::Listing(kind), now, now_ms),
+            None => {
+                for scope in [Scope::Namespaced, Scope::Cluster] {
+                    self.input(Input::Sync(Word::Listing(scope)), now, now_ms);
+                }
+            }
+        }
+        self.list_count
+    }
+
+    /// The next thing happens to a list: the API reads it, a part of it arrives, or the last part. Returns whether it is
+    /// complete.
+    pub(super) fn go_on_with_list(
+        &mut self,
+        of: Option<Kind>,
+        cluster: &Cluster,
+        now: Instant,
+        now_ms: i64,
+    ) -> bool {
+        let Some(mut list) = self.lists.remove(&of) else { return true };
+        let Some(seen) = list.seen else {
+            match of {
+                Some(kind) => {
+                    let objects = cluster.objects().filter(|(key, _)| key.kind() == kind);
+                    list.objects = objects.map(|(key, of)| (key.clone(), of.clone())).collect();
+                    list.keys = list.objects.iter().map(|(key, _)| key.clone()).collect();
+                    list.seen = Some(cluster.log.len());
+                }
+                None => {
+                    let records = cluster.syncs.iter();
+                    list.records = records.map(|(name, of)| (name.clone(), of.clone())).collect();
+                    list.seen = Some(cluster.sync_log.len());
+                }
+            }
+            self.lists.insert(of, list);
+            return false;
+        };
+        let Some(kind) = of else {
+            self.sync_seen = seen;
+            self.tell_records(&list.records, now, now_ms);
+            return true;
+        };
+        // In two parts, and other things happen in between.
+        let is_last = list.objects.len() <= 1;
+        let part = list.objects.len().div_ceil(2);
+        for (_, object) in list.objects.drain(..part) {
+            self.input(Input::Changed(kind, object), now, now_ms);
+        }
+        if is_last {
+            self.seen.insert(kind, seen);
+            self.input(Input::Listed(kind, list.keys), now, now_ms);
+        } else {
+            self.lists.insert(of, list);
+        }
+        is_last
+    }
+
+    /// A complete list of records.
+    fn tell_records(&mut self, records: &[(SyncName, SyncRecord)], now: Instant, now_ms: i64) {
+        let mut listed: BTreeMap<bool, BTreeSet<(Option<Arc<str>>, Arc<str>)>> = BTreeMap::new();
+        for (name, record) in records {
+            let of: (Option<Arc<str>>, Arc<str>) =
+                (name.0.as_deref().map(Arc::from), name.1.as_str().into());
+            listed.entry(of.0.is_some()).or_default().insert(of);
+            self.input(Input::Sync(seen(name, record, true)), now, now_ms);
+        }
+        for (scope, namespaced) in [(Scope::Namespaced, true), (Scope::Cluster, false)] {
+            let names = listed.remove(&namespaced).unwrap_or_default();
+            self.input(Input::Sync(Word::Listed(scope, names)), now, now_ms);
+        }
+    }
+
     pub(super) fn watch(&mut self, change: &Change, now: Instant, now_ms: i64) {
         let object = change.object.clone();
         let input = match change.deleted {
@@ -104,23 +182,14 @@ impl Hub {
     }
 
     /// A record was written by somebody, or is gone.
-    pub(super) fn watch_sync(
-        &mut self,
-        cluster: &Cluster,
-        of: &SyncName,
-        now: Instant,
-        now_ms: i64,
-    ) {
-        let name: Arc<str> = of.1.as_str().into();
-        let namespace: Option<Arc<str>> = of.0.as_deref().map(Arc::from);
-        let word = match cluster.syncs.get(of) {
-            None => Word::Gone { name, namespace },
-            Some((spec, version)) => Word::Seen {
-                name,
-                namespace,
-                spec: read_spec(spec),
-                version: version.as_deref().map(Arc::from),
-            },
+    pub(super) fn watch_sync(&mut self, change: &SyncChange, now: Instant, now_ms: i64) {
+        let word = match change.deleted {
+            false => seen(&change.name, &change.record, false),
+            true => {
+                let (namespace, name) = &change.name;
+                let (namespace, name) = (namespace.as_deref().map(Arc::from), name.as_str().into());
+                Word::Gone { name, namespace, at: change.record.at }
+            }
         };
         self.input(Input::Sync(word), now, now_ms);
     }
@@ -243,36 +312,13 @@ impl Hub {
     }
 }
 
-/// Carries out a write of an ObjectSync record, as the API would.
-pub(super) fn write_sync(cluster: &mut Cluster, write: &Write) -> Outcome {
-    let of = (write.id.namespace.as_deref().map(str::to_owned), write.name());
-    let spec = json!({"objectAPIVersion": &*write.spec.api_version,
-        "objectKind": &*write.spec.kind, "objectName": &*write.spec.name});
-    cluster.sync_log.push(of.clone());
-    match &write.action {
-        Action::Create(version) => {
-            cluster.syncs.insert(of, (spec, Some(version.to_string())));
-            Outcome::Done
-        }
-        Action::Status(version) => match cluster.syncs.get_mut(&of) {
-            Some((_, held)) => {
-                *held = Some(version.to_string());
-                Outcome::Done
-            }
-            None => Outcome::Missing,
-        },
-        Action::Delete => {
-            cluster.syncs.remove(&of);
-            Outcome::Done
-        }
-    }
-}
-
-fn read_spec(spec: &serde_json::Value) -> skerry_cloudcore_core::objectsync::SyncSpec {
-    let text = |name: &str| spec[name].as_str().unwrap_or_default().into();
-    skerry_cloudcore_core::objectsync::SyncSpec {
-        api_version: text("objectAPIVersion"),
-        kind: text("objectKind"),
-        name: text("objectName"),
+fn seen((namespace, name): &SyncName, record: &SyncRecord, is_in_list: bool) -> Word {
+    Word::Seen {
+        name: name.as_str().into(),
+        namespace: namespace.as_deref().map(Arc::from),
+        spec: record.spec.clone(),
+        version: record.version.clone(),
+        at: record.at,
+        is_in_list,
     }
 }

@@ -2,10 +2,16 @@
 //!
 //! Two hubs watch one cluster, each with a lag of its own; a few nodes, ours and KubeEdge-like ones, dial either. For a
 //! while objects change and things break: links are cut or fall silent, classes of messages overtake each other,
-//! messages come twice, readers are slow, hubs restart or lag, agents are killed, disks are full or lost, wall clocks
-//! jump. Then the faults stop, and everything has to come to rest.
+//! messages come twice, readers are slow or never read, hubs restart or lag, their watches break and begin anew with a
+//! list, agents are killed, disks are full or lost, wall clocks jump, and some clusters are restored from a backup. Then
+//! the faults stop, and everything has to come to rest.
 //!
-//! Checked at every step: what a node acknowledged is on its disk; versions of an object only grow; nothing is given to
+//! A cluster is restored only where all nodes are ours: what a KubeEdge node holds of the time that was lost is known to
+//! no hub that started after it. Known limit: a node refuses what comes back with the backup under the uid of something
+//! that it was told to delete since, until its version is higher than the deleted one.
+//!
+//! Checked at every step: what a node acknowledged is on its disk; on nodes of ours versions of an object only grow
+//! (a KubeEdge node takes what comes, and a hub that lags cannot know what it has not acknowledged); nothing is given to
 //! the engine twice; nothing that was deleted comes back; queues stay within their bounds. Checked at the end: every
 //! node holds exactly what it should, the cluster knows the last status of every pod and every event, and nothing waits.
 
@@ -13,11 +19,13 @@ mod cluster;
 mod edge;
 mod hub;
 
-use cluster::Cluster;
+use cluster::{Backup, Cluster};
 use edge::Edge;
 use hub::{Hub, Task};
 use serde_json::{Value, json};
-use skerry_cloudcore_core::downstream::{EDGE_LABEL, Input, Key, Kind, OUTSTANDING_MAX};
+use skerry_cloudcore_core::downstream::{
+    EDGE_LABEL, Input, Key, Kind, OUTSTANDING_LEN_MAX, OUTSTANDING_MAX,
+};
 use skerry_edge_core::Now;
 use skerry_edge_core::backoff::Random;
 use skerry_protocol::priority::Class;
@@ -25,6 +33,7 @@ use skerry_protocol::{Message, Operation};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Between two beats of our own nodes.
@@ -42,6 +51,10 @@ const PIPE_MAX: usize = 32;
 const REST_LOOK_EVERY: u64 = 128;
 /// Steps of one world, beyond which something runs in a circle.
 const STEPS_MAX: u64 = 2_000_000;
+/// Size of the largest object of a world.
+const OBJECT_LEN_MAX: usize = 16 * 1024;
+/// Objects of one node that may wait as keys: those that it should have and those that it should no longer have.
+const KEYS_MAX: usize = 256;
 /// Answers of a hub to a node's requests that may wait beside what `OUTSTANDING_MAX` bounds.
 const ANSWERS_MAX: usize = 256;
 
@@ -146,6 +159,13 @@ enum Event {
         epoch: u64,
         node: String,
     },
+    /// The next thing happens to a list that a hub reads, of a kind or of records.
+    List {
+        hub: usize,
+        epoch: u64,
+        of: Option<Kind>,
+        number: u64,
+    },
     Synced {
         hub: usize,
         epoch: u64,
@@ -224,6 +244,9 @@ struct World {
     cluster: Cluster,
     hubs: Vec<Hub>,
     watch_stopped_until: [Duration; 2],
+    /// Whether this cluster may be restored, and its backup.
+    may_go_back: bool,
+    backup: Option<Backup>,
     edges: Vec<Edge>,
     conns: BTreeMap<u64, Conn>,
     current: Vec<Option<u64>>,
@@ -241,8 +264,12 @@ impl World {
         let cluster = Cluster::default();
         let hubs = (0..2).map(|index| Hub::start(index + 1, &cluster, base, 0)).collect();
         let count = 2 + random.below(2) as usize;
+        let may_go_back = random.below(5) == 0;
         let edges: Vec<Edge> = (0..count)
-            .map(|index| Edge::new(format!("edge{index}"), index != 1, random.next_u64(), sabotage))
+            .map(|index| {
+                let ours = may_go_back || index != 1;
+                Edge::new(format!("edge{index}"), ours, random.next_u64(), sabotage)
+            })
             .collect();
         Self {
             aloud: false,
@@ -257,6 +284,8 @@ impl World {
             cluster,
             hubs,
             watch_stopped_until: [Duration::ZERO; 2],
+            may_go_back,
+            backup: None,
             current: vec![None; edges.len()],
             edges,
             conns: BTreeMap::new(),
@@ -394,11 +423,30 @@ impl World {
                     return self.drain_hub(hub);
                 }
             }
+            Event::List { hub, epoch, of, number } => {
+                let list = self.hubs[hub].lists.get(&of).map(|list| list.number);
+                if self.hubs[hub].epoch == epoch && list == Some(number) {
+                    let (now, now_ms) = (self.mono(), self.now_ms());
+                    if !self.hubs[hub].go_on_with_list(of, &self.cluster, now, now_ms) {
+                        let pause = if self.storming() { 1500 } else { 50 };
+                        let delay = 2 + self.random.below(pause);
+                        self.after(delay, Event::List { hub, epoch, of, number });
+                    }
+                    let lag = self.random.below(200);
+                    self.after(lag, Event::Watch { hub, epoch });
+                    return self.drain_hub(hub);
+                }
+            }
             Event::Synced { hub, epoch, write } => {
                 use skerry_cloudcore_core::objectsync::{Outcome, Word};
-                let outcome = match self.storming() && self.chance(50) {
-                    true => Outcome::Failed,
-                    false => hub::write_sync(&mut self.cluster, &write),
+                // A bad moment of the API: nothing was done, the half of it was, or all and the answer is lost.
+                let bad = if self.storming() { self.random.below(60) } else { 60 };
+                let outcome = match bad {
+                    0 => Outcome::Failed,
+                    bad => match (self.cluster.write_sync(&write, bad == 1), bad) {
+                        (_, 2) => Outcome::Failed,
+                        (outcome, _) => outcome,
+                    },
                 };
                 for hub in [0, 1] {
                     let (lag, epoch) = (self.random.below(300), self.hubs[hub].epoch);
@@ -453,6 +501,9 @@ impl World {
         }
         if self.chance(350) {
             self.break_something();
+        }
+        if self.may_go_back {
+            self.go_back();
         }
         let pause = 200 + self.random.below(3000);
         self.after(pause, Event::Life);
@@ -552,7 +603,7 @@ impl World {
         self.summary.faults += 1;
         let edge = self.random.below(self.edges.len() as u64) as usize;
         let hub = self.random.below(2) as usize;
-        let fault = self.random.below(9);
+        let fault = self.random.below(11);
         if self.aloud {
             eprintln!("{:>9.3} s  fault {fault} (edge{edge}, hub {hub})", self.now.as_secs_f64());
         }
@@ -592,9 +643,76 @@ impl World {
                 let full = !self.edges[edge].disk.full;
                 self.edges[edge].disk.full = full;
             }
+            8 => {
+                // Some watches of a hub break, as when an API server restarts.
+                let records = [None];
+                for of in Kind::ALL.into_iter().map(Some).chain(records) {
+                    if self.chance(400) {
+                        self.break_watch(hub, of);
+                    }
+                }
+            }
+            9 => {
+                // It never reads again, and says that it is there all the same.
+                if let Some(open) = self.current[edge].and_then(|conn| self.conns.get_mut(&conn)) {
+                    open.slow_until = STORM;
+                }
+            }
             _ => {
                 let days = self.random.below(20_000) as i64 - 19_000;
                 self.wall_jump_ms = days * 24 * 3600 * 1000;
+            }
+        }
+    }
+
+    fn break_watch(&mut self, hub: usize, of: Option<Kind>) {
+        let (now, now_ms) = (self.mono(), self.now_ms());
+        let number = self.hubs[hub].begin_list(of, now, now_ms);
+        let (epoch, delay) = (self.hubs[hub].epoch, 2 + self.random.below(3000));
+        self.after(delay, Event::List { hub, epoch, of, number });
+    }
+
+    /// A backup is made, or the cluster is restored from it: versions go back, and all watches break.
+    fn go_back(&mut self) {
+        let Some(backup) = self.backup.take() else {
+            let is_registered = |edge: &Edge| {
+                let key = Key::new(Kind::Node, "", &edge.name).expect("a good name");
+                self.cluster.get(&key).is_some()
+            };
+            if self.edges.iter().all(is_registered) && self.chance(50) {
+                self.backup = Some(self.cluster.backup());
+            }
+            return;
+        };
+        if !self.chance(60) {
+            self.backup = Some(backup);
+            return;
+        }
+        self.summary.faults += 1;
+        self.may_go_back = false;
+        if self.aloud {
+            eprintln!(
+                "{:>9.3} s  restored from {} to {}",
+                self.now.as_secs_f64(),
+                self.cluster.version,
+                backup.version
+            );
+        }
+        for edge in &mut self.edges {
+            edge.disk.lost_from = Some(backup.version);
+        }
+        self.cluster.restore(backup);
+        for hub in [0, 1] {
+            for of in Kind::ALL.into_iter().map(Some).chain([None]) {
+                self.break_watch(hub, of);
+            }
+        }
+        // The statuses that the cluster forgot are told when the engine has news.
+        for edge in 0..self.edges.len() {
+            let life = self.edges[edge].life;
+            for uid in self.edges[edge].containers.keys().cloned().collect::<Vec<_>>() {
+                let delay = self.random.below(40_000);
+                self.after(delay, Event::Engine { edge, life, uid });
             }
         }
     }
@@ -822,6 +940,9 @@ impl World {
         let end = self.cluster.log.len();
         // Each kind is watched by itself and may lag by itself.
         for kind in Kind::ALL {
+            if self.hubs[hub].lists.contains_key(&Some(kind)) {
+                continue;
+            }
             let seen = self.hubs[hub].seen.insert(kind, end).unwrap_or(0);
             if seen < end && self.storming() && self.chance(100) {
                 self.hubs[hub].seen.insert(kind, seen);
@@ -835,10 +956,13 @@ impl World {
                 }
             }
         }
+        if self.hubs[hub].lists.contains_key(&None) {
+            return self.drain_hub(hub);
+        }
         let seen = std::mem::replace(&mut self.hubs[hub].sync_seen, self.cluster.sync_log.len());
         for at in seen..self.cluster.sync_log.len() {
-            let of = self.cluster.sync_log[at].clone();
-            self.hubs[hub].watch_sync(&self.cluster, &of, now, now_ms);
+            let change = Arc::clone(&self.cluster.sync_log[at]);
+            self.hubs[hub].watch_sync(&change, now, now_ms);
         }
         self.drain_hub(hub)
     }
@@ -973,11 +1097,15 @@ impl World {
         for hub in &self.hubs {
             for session in hub.sessions.values() {
                 let len = session.delivery.len();
-                if len > OUTSTANDING_MAX + ANSWERS_MAX {
-                    return Err(Violation::new(format!(
-                        "{len} messages wait for {}",
-                        session.node
-                    )));
+                let backlog = hub.downstream.backlog(&session.node).unwrap_or_default();
+                if len > OUTSTANDING_MAX + ANSWERS_MAX
+                    || backlog.outstanding > OUTSTANDING_MAX
+                    || backlog.outstanding_bytes > OUTSTANDING_LEN_MAX + OBJECT_LEN_MAX
+                    || backlog.waiting > KEYS_MAX
+                {
+                    let node = &session.node;
+                    let what = format!("{len} messages wait for {node}, which has {backlog:?}");
+                    return Err(Violation::new(what));
                 }
             }
         }
@@ -1010,7 +1138,7 @@ impl World {
                     };
                     let of = of["name"].as_str().unwrap_or_default();
                     let key = Key::new(kind, "default", of).expect("a good name");
-                    if let Some(object) = self.cluster.get(&key) {
+                    if let Some(object) = self.cluster.get(&key).filter(|of| !edge.refuses(of)) {
                         wanted.insert(key.path().to_owned(), object);
                     }
                 }

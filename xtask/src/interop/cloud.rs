@@ -28,6 +28,8 @@ pub(super) struct Cloud {
     pub(super) tunnel: SocketAddr,
     /// QUIC of our own hub.
     pub(super) quic: Option<SocketAddr>,
+    /// Where our own router takes HTTP.
+    pub(super) router: Option<SocketAddr>,
     /// URL of our own hub's monitor.
     monitor: Option<String>,
     logs: Logs,
@@ -62,6 +64,7 @@ impl Cloud {
         let dir = plan.dir.join("up");
         let mut command = Command::new(&plan.skerry);
         command.args(["up", "--node", "none", "--output", "json"]).arg("--dir").arg(&dir);
+        command.args(["--router-listen", "127.0.0.1:9443"]);
         command.arg("--template").arg(sh::root().join("fleet-repo-template"));
         command.env("SKERRY_LOG", "info");
         let mut part = Part::start("skerry-up", &plan.dir, command)?;
@@ -86,6 +89,7 @@ impl Cloud {
             hub: address("hub")?,
             enrol: address("enrol")?,
             tunnel: address("tunnel")?,
+            router: facts["router"].as_str().and_then(|text| text.parse().ok()),
             quic: facts["quic"].as_str().and_then(|text| text.parse().ok()),
             monitor: facts["monitor"].as_str().map(str::to_owned),
             parts: vec![part],
@@ -123,6 +127,7 @@ impl Cloud {
             enrol,
             tunnel,
             quic: Some(quic),
+            router: None,
             monitor: Some(format!("http://{monitor}")),
             parts: vec![part],
             logs: Logs::No("our CloudCore gives logs to the embedded API only"),
@@ -226,6 +231,7 @@ impl Cloud {
             enrol,
             tunnel,
             quic: None,
+            router: None,
             monitor: None,
             logs,
         })

@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Where Go EdgeCore serves the Kubernetes API to applications on the node; plain HTTP.
+/// Where either EdgeCore serves the Kubernetes API to applications on the node; plain HTTP.
 pub(super) const META_SERVER: &str = "127.0.0.1:10550";
 
 /// What the edge dials.
@@ -120,6 +120,7 @@ fn ours(dir: &Path, node: &str, socket: &Path, endpoints: &Endpoints, token: &st
         "dir": dir.join("data"),
         "runtimeSocket": socket,
         "podLogDir": dir.join("logs"),
+        "metaServer": META_SERVER,
     });
     // Left to its default, the edge asks a Go hub in vain, as it would in the field.
     if let Some(quic) = endpoints.quic {
@@ -181,7 +182,7 @@ fn go(dir: &Path, node: &str, socket: &Path, endpoints: &Endpoints, token: &str)
                 "enable": true,
                 "metaServer": {"enable": true, "server": META_SERVER},
             },
-            "serviceBus": {"enable": false},
+            "serviceBus": {"enable": true},
             "taskManager": {"enable": true},
         },
     })

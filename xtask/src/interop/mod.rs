@@ -19,6 +19,8 @@ mod cloud;
 mod cluster;
 mod containerd;
 mod edge;
+mod http;
+mod jobs;
 mod part;
 mod room;
 mod script;
@@ -231,7 +233,7 @@ fn upstream(program: &Option<PathBuf>, flag: &str, wanted: bool) -> Result<Optio
 /// Builds our programs and returns their folder.
 fn programs(profile: &str) -> Result<PathBuf> {
     sh::say(format!("building (profile {profile}; the first build takes minutes)"));
-    let mut cargo = Command::new(env!("CARGO"));
+    let mut cargo = sh::cargo();
     cargo.current_dir(sh::root()).args(["build", "--locked", "--profile", profile, "--workspace"]);
     sh::run(cargo.args(["--bins", "--example", "serve", "--example", "crds"]))?;
     Ok(build::target()?.join(if profile == "dev" { "debug" } else { profile }))

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
 /// In the order of the script; the table has a row for each.
-pub(super) const STEPS: [&str; 18] = [
+pub(super) const STEPS: [&str; 21] = [
     "enrol",
     "ready",
     "create",
@@ -32,6 +32,9 @@ pub(super) const STEPS: [&str; 18] = [
     "cut",
     "hub",
     "local-api",
+    "pre-pull",
+    "configure",
+    "router",
     "take-over",
     "restart",
     "rotation",
@@ -43,14 +46,14 @@ pub(super) const STEPS: [&str; 18] = [
 const PATIENCE: Duration = Duration::from_secs(180);
 /// Pause between two looks, each of which starts programs.
 const PAUSE: Duration = Duration::from_millis(300);
-const NODE: &str = "interop-node";
+pub(super) const NODE: &str = "interop-node";
 const CONTAINER: &str = "main";
 const IMAGES: [&str; 2] = ["skerry.local/busybox:1", "skerry.local/busybox:2"];
 /// How long a removed node is watched for coming back.
 const AWAY: Duration = Duration::from_secs(5);
 
 /// A step's good ends.
-enum Done {
+pub(super) enum Done {
     Passed,
     /// Passed, with something to tell.
     Noted(String),
@@ -58,10 +61,10 @@ enum Done {
 }
 
 /// A combination that runs.
-struct Room {
-    plan: Plan,
-    cloud: Cloud,
-    containerd: Containerd,
+pub(super) struct Room {
+    pub(super) plan: Plan,
+    pub(super) cloud: Cloud,
+    pub(super) containerd: Containerd,
     relay: Relay,
     quic: Option<UdpRelay>,
     edge: Option<Edge>,
@@ -98,6 +101,9 @@ pub(super) fn run(plan: &Plan) -> Result<()> {
             "restart" => room.restart(),
             "hub" => room.restart_hub(),
             "local-api" => room.local_api(),
+            "pre-pull" => room.pre_pull(),
+            "configure" => room.configure(),
+            "router" => room.router(),
             "take-over" => room.take_over(),
             "rotation" => room.rotation(),
             "revocation" => room.revocation(),
@@ -158,7 +164,7 @@ impl Room {
         Ok(Self { plan: plan.clone(), cloud, containerd, relay, quic, edge: None })
     }
 
-    fn cluster(&self) -> &Cluster {
+    pub(super) fn cluster(&self) -> &Cluster {
         &self.cloud.cluster
     }
 
@@ -393,7 +399,7 @@ impl Room {
     }
 
     /// A change still reaches the pod, in the container that ran before.
-    fn follows(&self, text: &str, before: &Running) -> Result<Done> {
+    pub(super) fn follows(&self, text: &str, before: &Running) -> Result<Done> {
         self.cluster().apply(&config_map(text))?;
         self.volume("stays", "/conf/key", text)?;
         let now = self.running("stays")?;
@@ -416,9 +422,6 @@ impl Room {
 
     /// An application on the node reads and watches the cluster through the edge.
     fn local_api(&mut self) -> Result<Done> {
-        if self.plan.combo.edge == Side::Ours {
-            return Ok(Done::NotOffered("our EdgeCore has no local API yet".into()));
-        }
         let server = format!("http://{META_SERVER}");
         let path = format!("/api/v1/namespaces/{NAMESPACE}/configmaps");
         let ask = |path: &str| -> Result<Value> {
@@ -601,7 +604,10 @@ impl Room {
 }
 
 /// Asks until the answer is `Some`; the last error is in the failure.
-fn wait_for<T>(what: &str, mut question: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub(super) fn wait_for<T>(
+    what: &str,
+    mut question: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
     sh::wait_for(what, PATIENCE, || {
         let answer = question();
         if !matches!(answer, Ok(Some(_))) {

@@ -1,7 +1,7 @@
 //! What must look different on a node: the API's own address.
 //!
 //! A workload finds the API through the EndpointSlice `default/kubernetes`. On a node it is to find the node's own
-//! API, which answers offline as well. The other filter of KubeEdge, topology of services by node group, is not here.
+//! API, which answers offline as well. The other filter of KubeEdge, topology of services by node group, is [`super::topology`].
 //!
 //! Source: kubeedge/kubeedge, cloud/pkg/dynamiccontroller/filter/defaultmaster. There a list whose first item is an
 //! EndpointSlice gets all of its items rewritten; here only the API's own is.

@@ -18,6 +18,7 @@
 use super::Resource;
 use super::filter;
 use super::selector::Selector;
+use super::topology::Topology;
 use crate::downstream::{Key, Watched};
 use serde_json::Value;
 use skerry_protocol::resource::CLUSTER_SCOPE;
@@ -61,6 +62,8 @@ pub enum Output {
     Start(Resource),
     /// Nobody watches it any more.
     Stop(Resource),
+    /// Whether what [`Topology::sources`] names has to be followed, and given as [`Watches::topology_changed`].
+    Follow(bool),
 }
 
 /// One object for one node.
@@ -82,6 +85,9 @@ pub struct Watches {
     /// Connected nodes that are to be told something.
     waiting: BTreeSet<Arc<str>>,
     outputs: VecDeque<Output>,
+    topology: Topology,
+    /// Whether the topology is followed; then, which of its sources are complete.
+    followed: Option<BTreeSet<String>>,
 }
 
 #[derive(Debug, Default)]
@@ -150,6 +156,7 @@ impl Watches {
         }
         entry.listeners.insert(listener.id.clone(), listener);
         self.look(&name);
+        self.look_at_topology();
         Ok(())
     }
 
@@ -183,6 +190,32 @@ impl Watches {
         self.look(node);
         if is_empty {
             self.nodes.remove(node);
+        }
+        self.look_at_topology();
+    }
+
+    /// Follows the topology of Services while somebody watches what it changes.
+    fn look_at_topology(&mut self) {
+        let needed = self.resources.keys().any(Topology::concerns);
+        if needed != self.followed.is_some() {
+            self.followed = needed.then(BTreeSet::new);
+            self.topology = Topology::default();
+            self.outputs.push_back(Output::Follow(needed));
+        }
+    }
+
+    /// A node or Service changed, or is gone. Endpoints that were told before are told again with their next change.
+    pub fn topology_changed(&mut self, plural: &str, object: &Value, is_gone: bool) {
+        match is_gone {
+            true => self.topology.deleted(plural, object),
+            false => self.topology.changed(plural, object),
+        }
+    }
+
+    /// All nodes, or all Services, were given; endpoints wait for that.
+    pub fn topology_listed(&mut self, plural: &str) {
+        if let Some(listed) = &mut self.followed {
+            listed.insert(plural.into());
         }
     }
 
@@ -288,8 +321,15 @@ impl Watches {
         };
         let mut pushes = Vec::new();
         let mut len = 0;
+        let is_complete =
+            self.followed.as_ref().is_none_or(|listed| listed.len() == Topology::sources().len());
+        let mut later = Vec::new();
         while pushes.len() < max && len < len_max {
             let Some((key, resource)) = entry.dirty.pop_first() else { break };
+            if !is_complete && Topology::concerns(&resource) {
+                later.push((key, resource));
+                continue;
+            }
             let current = self
                 .resources
                 .get(&resource)
@@ -298,7 +338,7 @@ impl Watches {
             let (object, operation) = match (current, entry.given.remove(&key)) {
                 (Some(current), before) => {
                     let known = matches!(before, Some(Given::Held(_)));
-                    let object = Arc::clone(&current.watched);
+                    let object = near(&self.topology, node, &resource, &current.watched);
                     entry.given.insert(key.clone(), Given::Held(Arc::clone(&object)));
                     (object, if known { Operation::Update } else { Operation::Insert })
                 }
@@ -317,6 +357,7 @@ impl Watches {
             len += object.text().get().len();
             pushes.push(Push { key, object, operation });
         }
+        entry.dirty.extend(later);
         self.look(node);
         pushes
     }
@@ -355,6 +396,23 @@ impl Node {
             self.dirty.insert(key.clone(), resource.clone());
         }
         self.connected
+    }
+}
+
+/// The object as this node is to see it.
+fn near(
+    topology: &Topology,
+    node: &str,
+    resource: &Resource,
+    watched: &Arc<Watched>,
+) -> Arc<Watched> {
+    if !Topology::concerns(resource) || !topology.has_ranges() {
+        return Arc::clone(watched);
+    }
+    let mut object: Value = serde_json::from_str(watched.text().get()).unwrap_or_default();
+    match topology.narrow(node, &mut object) {
+        true => Watched::read(object).unwrap_or_else(|| Arc::clone(watched)),
+        false => Arc::clone(watched),
     }
 }
 
@@ -509,5 +567,53 @@ mod tests {
         let resource = Resource { plural: "last".into(), ..services() };
         let listener = Listener { id: "l".into(), resource, selector: Selector::default() };
         assert_eq!(watches.add("edge9", listener), Err(TooMany::Resources));
+    }
+
+    #[test]
+    fn endpoints_wait_for_the_topology_and_are_narrowed_to_it() {
+        let slices = Resource {
+            group: "discovery.k8s.io".into(),
+            version: "v1".into(),
+            plural: "endpointslices".into(),
+        };
+        let mut watches = Watches::default();
+        for node in ["edge1", "edge2"] {
+            watches.connected(node);
+            let listener = Listener {
+                id: "a".into(),
+                resource: slices.clone(),
+                selector: Selector::default(),
+            };
+            watches.add(node, listener).expect("room");
+        }
+        assert_eq!(watches.poll_output(), Some(Output::Start(slices.clone())));
+        assert_eq!(watches.poll_output(), Some(Output::Follow(true)));
+        assert_eq!(watches.poll_output(), None);
+        let slice = json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": "web-1", "namespace": "default", "uid": "u", "resourceVersion": "1",
+                "labels": {"kubernetes.io/service-name": "web"}},
+            "endpoints": [{"addresses": ["1"], "nodeName": "edge1"}, {"addresses": ["2"], "nodeName": "edge2"}]});
+        watches.changed(&slices, slice);
+        assert!(told(&mut watches, "edge1").is_empty());
+        assert_eq!(watches.waiting().len(), 2, "it is still to be told");
+        let service = json!({"metadata": {"name": "web", "namespace": "default",
+            "annotations": {"apps.kubeedge.io/service-topology": "range-nodegroup"}}});
+        watches.topology_changed("services", &service, false);
+        watches.topology_listed("services");
+        for (name, group) in [("edge1", "a"), ("edge2", "b")] {
+            let node = json!({"metadata": {"name": name, "labels": {"apps.kubeedge.io/belonging-to": group}}});
+            watches.topology_changed("nodes", &node, false);
+        }
+        watches.topology_listed("nodes");
+        for (node, address) in [("edge1", "1"), ("edge2", "2")] {
+            let pushes = watches.take(node, 9, usize::MAX);
+            let object: Value = serde_json::from_str(pushes[0].object.text().get()).expect("json");
+            assert_eq!(object["endpoints"], json!([{"addresses": [address], "nodeName": node}]));
+        }
+        for node in ["edge1", "edge2"] {
+            watches.remove(node, "a");
+        }
+        assert_eq!(watches.poll_output(), Some(Output::Stop(slices)));
+        assert_eq!(watches.poll_output(), Some(Output::Follow(false)));
     }
 }

@@ -2,12 +2,12 @@
 //! takes a node from what it has to what it should have.
 
 use super::membership::Members;
+use super::records::{pushed_spec, sync_id};
 use super::resume::{Barrier, Phase};
 use super::version::{Version, Watched, delete_message};
 use super::{Backlog, Downstream, Key, Kind, Known, Output, SessionId, Wanted};
-use crate::objectsync::{SyncId, SyncSpec};
+use crate::objectsync::SyncId;
 use skerry_protocol::capability::Capabilities;
-use skerry_protocol::resource::CLUSTER_SCOPE;
 use skerry_protocol::{Message, MessageId, Operation};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -30,7 +30,7 @@ pub(super) struct Session {
     pub(super) phase: Phase,
     /// What the node told, or is recorded to hold, has been looked at for what the watches do not know yet.
     pub(super) is_checked: bool,
-    /// Objects that are read for that before anything goes out.
+    /// Objects that are being read because the node may be ahead of the watch; nothing about them goes out before.
     pub(super) doubts: BTreeSet<Key>,
     /// Objects that may differ, in the order in which they go out.
     dirty: BTreeSet<(Rank, Key)>,
@@ -42,10 +42,10 @@ pub(super) struct Session {
     pushed_len: usize,
     /// What leaves when those that need it have left, which are under way.
     held: BTreeSet<Key>,
-    /// Objects that the node may not have had, until their records are there.
-    parked: BTreeMap<SyncId, Key>,
+    /// Objects that wait for their records to say what they should before the message goes.
+    pub(super) parked: BTreeMap<SyncId, Key>,
     /// Objects whose records the cluster does not take; they go without.
-    unrecorded: BTreeSet<SyncId>,
+    pub(super) unrecorded: BTreeSet<SyncId>,
     /// Requests whose answer says that the node has everything.
     pub(super) barrier: Option<Box<Barrier>>,
     /// In the list of nodes that may have something to send.
@@ -69,7 +69,7 @@ struct Flight {
 }
 
 #[derive(Debug)]
-enum What {
+pub(super) enum What {
     /// The node gets this version; it held an object of another uid before, when `former` says so.
     Put {
         uid: Arc<str>,
@@ -85,11 +85,11 @@ enum What {
 
 /// One watched object on its way.
 #[derive(Debug)]
-struct Pushed {
-    object: Arc<Watched>,
-    operation: Operation,
+pub(super) struct Pushed {
+    pub(super) object: Arc<Watched>,
+    pub(super) operation: Operation,
     /// Uid of the object that was under this key before.
-    former: Option<Arc<str>>,
+    pub(super) former: Option<Arc<str>>,
 }
 
 impl Session {
@@ -150,6 +150,7 @@ impl Session {
         let leaves =
             |flight: &Flight| flight.is_stale || matches!(flight.what, What::Delete { .. });
         self.flights.iter().any(|(key, flight)| key.kind() == dependent && leaves(flight))
+            || self.parked.values().any(|key| key.kind() == dependent)
     }
 
     fn depart(&mut self, key: &Key, message: &Message, what: What) {
@@ -186,7 +187,7 @@ impl Session {
     }
 
     /// Looks again at what waits for others to leave.
-    fn release(&mut self) {
+    pub(super) fn release(&mut self) {
         if self.held.is_empty() {
             return;
         }
@@ -279,10 +280,21 @@ impl Downstream {
     }
 
     fn compare(&self, name: &str, rank: Rank, key: &Key) -> Step {
-        let known = self.nodes.get(name).and_then(|node| node.known.get(key));
+        let node = self.nodes.get(name);
+        let session = node.and_then(|node| node.session.as_deref());
+        if session.is_some_and(|session| session.doubts.contains(key)) {
+            return Step::Unknown;
+        }
+        let known = node.and_then(|node| node.known.get(key));
         let version = match (self.wanted(name, key), known) {
             (Wanted::Unknown, _) => return Step::Unknown,
             (Wanted::Unjudged, _) | (Wanted::Absent, None) => return Step::Settled,
+            // The list says whether it is absent, and then all pods are marked.
+            (Wanted::Absent, Some(_))
+                if key.kind() == Kind::Pod && self.relisting.contains_key(name) =>
+            {
+                return Step::Unknown;
+            }
             (Wanted::Absent, Some(known)) => {
                 let is_needed =
                     matches!(key.kind(), Kind::ConfigMap | Kind::Secret | Kind::DeviceModel);
@@ -343,21 +355,30 @@ impl Downstream {
         let step = self.compare(name, rank, key);
         let now_ms = self.now_ms;
         let progress = self.progress.get(&key.kind()).copied().unwrap_or(0);
+        let is_held_back = self.nodes.get(name)?.session.as_ref()?.is_needed(key.kind());
+        let is_recorded = match &step {
+            Step::Put { version, .. } => self.is_recorded(name, key, &version.uid, false),
+            Step::Delete { uid, .. } if !is_held_back => self.is_recorded(name, key, uid, true),
+            _ => true,
+        };
+        if !is_recorded {
+            return None;
+        }
         let node = self.nodes.get_mut(name)?;
         let session = node.session.as_deref_mut()?;
-        let is_stock = session.is_stock();
         match step {
             Step::Unknown => None,
             Step::Settled => {
                 session.settle(key);
                 node.graves.remove(key);
+                self.restate(name, key);
                 None
             }
             Step::Later => {
                 session.dirty.insert((Rank::Last, key.clone()));
                 None
             }
-            Step::Delete { .. } if session.is_needed(key.kind()) => {
+            Step::Delete { .. } if is_held_back => {
                 session.held.insert(key.clone());
                 None
             }
@@ -377,19 +398,6 @@ impl Downstream {
                 Some(message)
             }
             Step::Put { version, operation, former, is_new } => {
-                if is_stock {
-                    let id = sync_id(key, &version.uid);
-                    let needs_record =
-                        self.syncs.is_available() && !session.unrecorded.contains(&id);
-                    if needs_record {
-                        // First asked for: it may be there and about to be removed, and then it stays.
-                        self.syncs.sent(name, id.clone(), || sync_spec(key));
-                    }
-                    if needs_record && !self.syncs.is_there(name, &id) {
-                        session.parked.insert(id, key.clone());
-                        return None;
-                    }
-                }
                 let message = version.message(key, operation, now_ms);
                 let uid = Arc::clone(&version.uid);
                 let resource_version = Arc::clone(&version.resource_version);
@@ -411,42 +419,6 @@ impl Downstream {
         }
     }
 
-    /// Goes on with an object whose record has been written, or will not be.
-    pub(super) fn unpark(&mut self, name: &Arc<str>, id: &SyncId, is_refused: bool) {
-        let is_there = self.syncs.is_there(name, id);
-        let Some(session) = self.nodes.get_mut(name).and_then(super::Node::live) else { return };
-        if !is_there && !is_refused {
-            return;
-        }
-        let Some(key) = session.parked.remove(id) else { return };
-        if is_refused {
-            session.unrecorded.insert(id.clone());
-        }
-        let is_wanted = matches!(self.wanted(name, &key), Wanted::Present(of) if of.uid == id.uid);
-        let is_known = self
-            .nodes
-            .get(name)
-            .is_some_and(|node| node.known.get(&key).is_some_and(|known| known.uid == id.uid));
-        if !is_wanted && !is_known {
-            // It went before it was sent.
-            self.syncs.removed(name, id);
-        }
-        self.mark(name, &key);
-    }
-
-    /// Goes on with all objects that wait for records: there will be none.
-    pub(super) fn unpark_all(&mut self) {
-        let mut marks = Vec::new();
-        for (name, node) in &mut self.nodes {
-            let Some(session) = node.live() else { continue };
-            let parked = std::mem::take(&mut session.parked);
-            marks.extend(parked.into_values().map(|key| (Arc::clone(name), key)));
-        }
-        for (name, key) in marks {
-            self.mark(&name, &key);
-        }
-    }
-
     fn render_pushed(&mut self, name: &Arc<str>, key: &Key) -> Option<Message> {
         let has_own = self.has_own(name, key);
         let now_ms = self.now_ms;
@@ -459,7 +431,8 @@ impl Downstream {
         let message = pushed.object.message(key, pushed.operation, now_ms);
         if session.is_stock() && pushed.operation != Operation::Delete {
             let id = sync_id(key, &pushed.object.uid);
-            self.syncs.sent(name, id, || pushed_spec(key, &pushed.object));
+            // It goes without waiting: an application that lists again finds out what it missed.
+            self.syncs.prepare(name, &id, || pushed_spec(key, &pushed.object));
         }
         session.depart(key, &message, What::Pushed(pushed));
         Some(message)
@@ -483,30 +456,6 @@ impl Downstream {
             self.record(&name, &key, flight.what);
         }
         self.touch(&name);
-    }
-
-    /// Writes down what a KubeEdge edge has acknowledged.
-    fn record(&mut self, name: &Arc<str>, key: &Key, what: What) {
-        let former = match what {
-            What::Put { uid, resource_version, former } => {
-                self.syncs.acked(name, sync_id(key, &uid), || sync_spec(key), &resource_version);
-                former
-            }
-            What::Delete { uid } => Some(uid),
-            What::Pushed(Pushed { object, operation, former }) => {
-                let id = sync_id(key, &object.uid);
-                if operation == Operation::Delete {
-                    self.syncs.removed(name, &id);
-                } else {
-                    let spec = || pushed_spec(key, &object);
-                    self.syncs.acked(name, id, spec, &object.resource_version);
-                }
-                former
-            }
-        };
-        if let Some(former) = former {
-            self.syncs.removed(name, &sync_id(key, &former));
-        }
     }
 
     /// A newer version takes the place of one that the node does not acknowledge: it may be the one that the node can
@@ -643,6 +592,7 @@ impl Downstream {
         let Some(node) = self.nodes.get_mut(&name) else { return };
         let Some(session) = node.session.take() else { return };
         self.awaiting_lists.remove(&name);
+        self.doubting.remove(&name);
         if let Phase::AwaitingDigest { until } = session.phase {
             self.awaiting_digest.remove(&(until, Arc::clone(&name)));
         }
@@ -652,20 +602,16 @@ impl Downstream {
             node.graves.clear();
             return;
         }
-        for (id, key) in session.parked {
-            // It has not been sent, so its record would say too much.
-            if node.known.get(&key).is_none_or(|known| known.uid != id.uid) {
-                self.syncs.removed(&name, &id);
-            }
-        }
         for (key, flight) in session.flights {
             match flight.what {
-                What::Put { .. } => {
+                What::Put { uid, .. } => {
+                    self.syncs.doubt(&name, &sync_id(&key, &uid));
                     if let Some(known) = node.known.get_mut(&key) {
                         known.resource_version = None;
                     }
                 }
                 What::Delete { uid } => {
+                    self.syncs.doubt(&name, &sync_id(&key, &uid));
                     node.known.insert(key, Known { uid, resource_version: None });
                 }
                 What::Pushed(_) => {}
@@ -673,28 +619,5 @@ impl Downstream {
         }
         // Without its last state a mapper never hears that its device is gone; all others need the identity only.
         node.graves.retain(|key, _| key.kind() == Kind::Device);
-    }
-}
-
-/// The place of the record of an object.
-pub(super) fn sync_id(key: &Key, uid: &Arc<str>) -> SyncId {
-    let namespace = key.namespace();
-    let namespace = (namespace != CLUSTER_SCOPE).then(|| namespace.into());
-    SyncId { namespace, uid: Arc::clone(uid) }
-}
-
-pub(super) fn sync_spec(key: &Key) -> SyncSpec {
-    SyncSpec {
-        api_version: key.kind().api_version().into(),
-        kind: key.kind().api_kind().into(),
-        name: key.name().into(),
-    }
-}
-
-fn pushed_spec(key: &Key, object: &Watched) -> SyncSpec {
-    SyncSpec {
-        api_version: Arc::clone(&object.api_version),
-        kind: Arc::clone(&object.kind),
-        name: key.name().into(),
     }
 }

@@ -2,11 +2,7 @@
 
 use super::flow::Session;
 use super::version::Version;
-use super::{
-    DIGEST_WAIT, Downstream, Key, Kind, Known, NodeObject, Output, SessionId, SharedState, Wanted,
-};
-use crate::objectsync::{Outcome, SyncId, Word};
-use skerry_api::reliablesyncs::v1alpha1::parse_object_sync_name;
+use super::{DIGEST_WAIT, Downstream, Key, Kind, Known, Output, SessionId, SharedState, Wanted};
 use skerry_protocol::Message;
 use skerry_protocol::capability::Capabilities;
 use skerry_protocol::digest::Digest;
@@ -142,7 +138,10 @@ impl Downstream {
 
     /// Goes on with the connections that waited for the API to tell what there is.
     pub(super) fn end_list_wait(&mut self) {
-        let is_told = |kind| self.listed.contains(&kind) || self.unavailable.contains(&kind);
+        let is_told = |kind| {
+            let is_known = self.listed.contains(&kind) || self.unavailable.contains(&kind);
+            is_known && !self.listing.contains_key(&kind)
+        };
         if self.awaiting_lists.is_empty() || !Kind::ALL.into_iter().all(is_told) {
             return;
         }
@@ -190,68 +189,85 @@ impl Downstream {
             }
             _ => known,
         };
-        let mut doubts = Vec::new();
-        for (key, known) in &held {
-            let held = known.resource_version.as_deref().and_then(super::number);
-            let progress = self.progress.get(&key.kind()).copied().unwrap_or(0);
-            // Of what was never acknowledged nobody knows how new it is.
-            let is_ahead = held.is_none_or(|held| held > progress);
-            let is_own = key.kind() != Kind::Node || key.name() == &**name;
-            let is_older = |of: &Version| held > super::number(&of.resource_version);
-            let is_doubtful = match key.kind() {
-                _ if self.unavailable.contains(&key.kind()) => false,
-                Kind::Pod | Kind::Device | Kind::Node => match self.wanted(name, key) {
-                    Wanted::Present(version) => is_older(version),
-                    Wanted::Absent => is_ahead && is_own,
-                    Wanted::Unknown => is_ahead,
-                    Wanted::Unjudged => false,
-                },
-                // Also where no pod of the node is known to refer to it: one that is read now may.
-                _ => match self.shared.get(key).map(|shared| &shared.state) {
-                    Some(SharedState::Present(version)) => is_older(version),
-                    // A read that began earlier may be too old.
-                    Some(SharedState::Absent | SharedState::Unknown(_)) => is_ahead,
-                    None => false,
-                },
-            };
-            if is_doubtful {
-                doubts.push(key.clone());
-            }
-        }
-        let node = self.nodes.get_mut(name).expect("was found just now");
-        let session = node.session.as_deref_mut().expect("was found just now");
-        if is_stock {
+        let behind: Vec<Key> = held
+            .iter()
+            .filter(|(key, known)| self.is_behind(name, key, known.resource_version.as_deref()))
+            .map(|(key, _)| key.clone())
+            .collect();
+        if is_stock && let Some(node) = self.nodes.get_mut(name) {
             node.known = held;
         }
-        let (pods, others): (Vec<_>, Vec<_>) =
-            doubts.into_iter().partition(|key| key.kind() == Kind::Pod);
-        session.doubts.extend(others.iter().cloned());
-        let is_clear = pods.is_empty() && others.is_empty();
-        if !pods.is_empty() {
-            self.relist(name);
+        for key in &behind {
+            self.read_again(name, key);
         }
-        for key in &others {
-            if let Some(shared) = self.shared.get_mut(key) {
-                let seen = match std::mem::replace(&mut shared.state, SharedState::Absent) {
-                    SharedState::Present(version) => Some(version),
-                    SharedState::Unknown(seen) => seen,
-                    SharedState::Absent => None,
-                };
-                shared.state = SharedState::Unknown(seen);
-            }
-            self.fetch(key);
+        behind.is_empty()
+    }
+
+    /// Whether `name`, which holds `key` in version `held` or may hold some version, may be ahead of the watch: another
+    /// CloudCore, which it has left, may have been further.
+    pub(super) fn is_behind(&self, name: &str, key: &Key, held: Option<&str>) -> bool {
+        let held = held.and_then(super::number);
+        let progress = self.progress.get(&key.kind()).copied().unwrap_or(0);
+        // Of what was never acknowledged nobody knows how new it is.
+        let is_ahead = held.is_none_or(|held| held > progress);
+        let is_own = key.kind() != Kind::Node || key.name() == name;
+        let is_older = |of: &Version| held > super::number(&of.resource_version);
+        match key.kind() {
+            _ if self.unavailable.contains(&key.kind()) => false,
+            Kind::Pod | Kind::Device | Kind::Node => match self.wanted(name, key) {
+                Wanted::Present(version) => is_older(version),
+                Wanted::Absent => is_ahead && is_own,
+                Wanted::Unknown => is_ahead,
+                Wanted::Unjudged => false,
+            },
+            // Also where no pod of the node is known to refer to it: one that is read now may.
+            _ => match self.shared.get(key).map(|shared| &shared.state) {
+                Some(SharedState::Present(version)) => is_older(version),
+                // A read that began earlier may be too old.
+                Some(SharedState::Absent | SharedState::Unknown(_)) => is_ahead,
+                None => false,
+            },
         }
-        is_clear
+    }
+
+    /// Reads what [`Self::is_behind`] found: all pods of the node, or this object. Nothing about it goes to the node
+    /// before the answer, which marks it.
+    pub(super) fn read_again(&mut self, name: &Arc<str>, key: &Key) {
+        if key.kind() == Kind::Pod {
+            return self.relist(name);
+        }
+        let session = self.nodes.get_mut(name).and_then(|node| node.session.as_deref_mut());
+        let Some(session) = session else { return };
+        session.doubts.insert(key.clone());
+        self.doubting.insert(Arc::clone(name));
+        if let Some(shared) = self.shared.get_mut(key) {
+            let seen = match std::mem::replace(&mut shared.state, SharedState::Absent) {
+                SharedState::Present(version) => Some(version),
+                SharedState::Unknown(seen) => seen,
+                SharedState::Absent => None,
+            };
+            shared.state = SharedState::Unknown(seen);
+        }
+        self.fetch(key);
     }
 
     /// `key` has been read.
     pub(super) fn end_doubt(&mut self, key: &Key) {
-        let mut has_ended = false;
-        for name in &self.awaiting_lists {
+        let mut ended = Vec::new();
+        for name in &self.doubting {
             let session = self.nodes.get_mut(name).and_then(|node| node.session.as_deref_mut());
-            has_ended |= session.is_some_and(|session| session.doubts.remove(key));
+            let Some(session) = session else { continue };
+            if session.doubts.remove(key) {
+                ended.push((Arc::clone(name), session.doubts.is_empty()));
+            }
         }
-        if has_ended {
+        for (name, was_last) in &ended {
+            if *was_last {
+                self.doubting.remove(name);
+            }
+            self.mark(name, key);
+        }
+        if !ended.is_empty() {
             self.end_list_wait();
         }
     }
@@ -312,71 +328,6 @@ impl Downstream {
         self.mark_pushed(name);
     }
 
-    /// Takes what the records of `name` say for what it holds, where this process does not know better.
-    fn recall(&mut self, name: &Arc<str>) {
-        let mut recalled: BTreeMap<Key, Known> = BTreeMap::new();
-        let mut pointless = Vec::new();
-        for (id, spec, version) in self.syncs.held(name) {
-            let Some(kind) = Kind::of_api(&spec.api_version, &spec.kind) else { continue };
-            let namespace = id.namespace.as_deref().unwrap_or_default();
-            let Some(key) = Key::new(kind, namespace, &spec.name) else { continue };
-            let known = Known { uid: Arc::clone(&id.uid), resource_version: version.cloned() };
-            let current = match self.wanted(name, &key) {
-                Wanted::Present(version) => Some(Arc::clone(&version.uid)),
-                _ => None,
-            };
-            // Two objects under one name, one after the other. A pod or a device that is gone has to be deleted before
-            // its successor comes; of all others only the newest counts, as nodes tell them apart by name.
-            let wants_former = matches!(key.kind(), Kind::Pod | Kind::Device);
-            let is_wanted = |known: &Known| (Some(&known.uid) == current.as_ref()) != wants_former;
-            let loser = match recalled.remove(&key) {
-                None => {
-                    recalled.insert(key, known);
-                    continue;
-                }
-                Some(other) if is_wanted(&other) => {
-                    recalled.insert(key, other);
-                    known
-                }
-                Some(other) => {
-                    recalled.insert(key, known);
-                    other
-                }
-            };
-            if !wants_former {
-                pointless.push(SyncId { uid: loser.uid, namespace: id.namespace.clone() });
-            }
-        }
-        for id in pointless {
-            self.syncs.removed(name, &id);
-        }
-        let Some(node) = self.nodes.get_mut(name) else { return };
-        // What has no record any more another CloudCore may have taken away; it is sent or deleted once more.
-        for (key, known) in &mut node.known {
-            if !recalled.contains_key(key) {
-                known.resource_version = None;
-            }
-        }
-        for (key, recalled) in recalled {
-            match node.known.get_mut(&key) {
-                None => {
-                    node.known.insert(key, recalled);
-                }
-                // Another CloudCore has served the node meanwhile.
-                Some(known) if known.uid == recalled.uid => {
-                    let number = |known: &Known| {
-                        known.resource_version.as_deref().and_then(super::version::number)
-                    };
-                    if number(known) < number(&recalled) {
-                        known.resource_version = recalled.resource_version;
-                    }
-                }
-                // Its record would be there if the node still held what this process sent.
-                Some(known) => *known = recalled,
-            }
-        }
-    }
-
     /// What a node that tells nothing should have, it may have: it gets that as `update`, as after every outage of
     /// KubeEdge's. Of devices and accesses it has to be told that they are new.
     fn assume(&mut self, name: &Arc<str>, keys: &BTreeSet<Key>) {
@@ -385,123 +336,6 @@ impl Downstream {
             let uid = Arc::clone(&version.uid);
             let Some(node) = self.nodes.get_mut(name) else { return };
             node.known.entry(key.clone()).or_insert(Known { uid, resource_version: None });
-        }
-    }
-
-    /// Takes what the cluster said about records.
-    pub(super) fn hear(&mut self, word: Word, now: Instant) {
-        let was_available = self.syncs.is_available();
-        let seen = match &word {
-            Word::Seen { name, namespace, .. } => Some((Arc::clone(name), namespace.clone())),
-            _ => None,
-        };
-        let is_change = matches!(word, Word::Listed(..) | Word::Unavailable);
-        let written = match &word {
-            Word::Written { node, id, outcome } => Some((node.clone(), id.clone(), *outcome)),
-            _ => None,
-        };
-        if let Word::Gone { name, namespace } = &word
-            && let Some((node, uid)) = parse_object_sync_name(name)
-            && self.session(node).is_none()
-        {
-            self.syncs.let_go(node, &SyncId { namespace: namespace.clone(), uid: uid.into() });
-        }
-        self.syncs.handle(word, now);
-        if let Some((node, id, outcome)) = written {
-            self.unpark(&node, &id, outcome == Outcome::Refused);
-        }
-        if let Some((name, namespace)) = seen
-            && let Some((node, uid)) = parse_object_sync_name(&name)
-        {
-            let node = self.intern_node(node);
-            if self.tells_itself(&node) {
-                self.syncs.forget(&node);
-            } else {
-                let id = SyncId { namespace, uid: uid.into() };
-                self.unpark(&node, &id, false);
-                self.adopt(&node, &id);
-            }
-        }
-        if !is_change {
-            return;
-        }
-        self.collect_syncs();
-        if !was_available && self.syncs.is_available() {
-            self.record_known();
-        }
-        if was_available && !self.syncs.is_available() {
-            self.unpark_all();
-        }
-        self.end_list_wait();
-    }
-
-    /// Takes up an object of which another CloudCore wrote down, later than this one was asked, that `name` may hold it.
-    fn adopt(&mut self, name: &Arc<str>, id: &SyncId) {
-        let Some(spec) = self.syncs.get(name, id) else { return };
-        let Some(kind) = Kind::of_api(&spec.api_version, &spec.kind) else { return };
-        let namespace = id.namespace.as_deref().unwrap_or_default();
-        let Some(key) = Key::new(kind, namespace, &spec.name) else { return };
-        // The word may be a late one, so no version is believed.
-        let known = Known { uid: Arc::clone(&id.uid), resource_version: None };
-        let Some(node) = self.nodes.get_mut(name) else { return };
-        let is_under_way = |session: &Session| session.is_under_way(&key);
-        if node.known.contains_key(&key) || node.session.as_deref().is_some_and(is_under_way) {
-            return;
-        }
-        if node.live().is_none() {
-            return;
-        }
-        let uid = Arc::clone(&known.uid);
-        node.known.insert(key.clone(), known);
-        let is_wanted = matches!(self.wanted(name, &key), Wanted::Present(of) if of.uid == uid);
-        if key.kind() == Kind::Pod && !is_wanted {
-            // The watch of records may be further than that of pods.
-            self.relist(name);
-        } else {
-            self.mark(name, &key);
-        }
-    }
-
-    fn tells_itself(&self, name: &str) -> bool {
-        let session = self.nodes.get(name).and_then(|node| node.session.as_ref());
-        session.is_some_and(|session| !session.is_stock())
-    }
-
-    /// Removes the records of nodes that are gone, and of those that tell themselves what they hold.
-    pub(super) fn collect_syncs(&mut self) {
-        if !self.listed.contains(&Kind::Node) {
-            return;
-        }
-        let is_gone = |name: &str| match self.nodes.get(name) {
-            None => true,
-            Some(node) => matches!(node.object, NodeObject::Absent) && node.session.is_none(),
-        };
-        let names: Vec<Arc<str>> = self
-            .syncs
-            .nodes()
-            .filter(|name| is_gone(name) || self.tells_itself(name))
-            .cloned()
-            .collect();
-        for name in names {
-            self.syncs.forget(&name);
-        }
-    }
-
-    /// Writes down what connected KubeEdge edges hold: until now there was no place for it.
-    fn record_known(&mut self) {
-        let live = |node: &&super::Node| {
-            let session = node.session.as_ref();
-            session
-                .is_some_and(|session| session.is_stock() && matches!(session.phase, Phase::Live))
-        };
-        for (name, node) in self.nodes.iter().filter(|(_, node)| live(node)) {
-            let session = node.session.as_ref().expect("the filter found it");
-            for (key, known) in node.known.iter().filter(|(key, _)| !session.is_under_way(key)) {
-                if let Some(version) = &known.resource_version {
-                    let id = super::flow::sync_id(key, &known.uid);
-                    self.syncs.acked(name, id, || super::flow::sync_spec(key), version);
-                }
-            }
         }
     }
 

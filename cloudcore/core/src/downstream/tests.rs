@@ -9,6 +9,8 @@ struct Hub {
     downstream: Downstream,
     now: Instant,
     sessions: SessionId,
+    /// Version of the record that was written last.
+    record_version: u64,
     /// Nodes acknowledge everything at once, and the API does every write.
     is_prompt: bool,
 }
@@ -43,7 +45,8 @@ impl Hub {
             let name: Arc<str> = (*name).into();
             names.insert((namespace.clone(), Arc::clone(&name)));
             let version = Some(Arc::from(*version));
-            hub.input(Input::Sync(Word::Seen { name, namespace, spec, version }));
+            let (at, is_in_list) = (1, true);
+            hub.input(Input::Sync(Word::Seen { name, namespace, spec, version, at, is_in_list }));
         }
         let (cluster, namespaced) =
             names.into_iter().partition(|(namespace, _)| namespace.is_none());
@@ -54,7 +57,7 @@ impl Hub {
 
     fn unlisted() -> Self {
         let downstream = Downstream::default();
-        Self { downstream, now: Instant::now(), sessions: 0, is_prompt: true }
+        Self { downstream, now: Instant::now(), sessions: 0, record_version: 1, is_prompt: true }
     }
 
     fn input(&mut self, input: Input) {
@@ -96,7 +99,8 @@ impl Hub {
                     self.ack(&node, session, *message);
                 }
                 Output::Sync(Write { node, id, .. }) if self.is_prompt => {
-                    let outcome = Outcome::Done;
+                    self.record_version += 1;
+                    let outcome = Outcome::Done(self.record_version);
                     self.input(Input::Sync(Word::Written { node, id, outcome }));
                 }
                 _ => {}
@@ -784,7 +788,6 @@ fn after_a_restart_a_stock_node_gets_what_is_newer_or_gone_and_nothing_else() {
         "edge1: delete default/pod/gone",
         "edge1: update default/pod/never 6",
         "edge1: update default/pod/newer 9",
-        "edge1: delete default/configmap/page",
         "create edge1.uid-new 0",
         "edge1: update default/pod/new 8",
         "remove edge1.uid-former",
@@ -793,9 +796,11 @@ fn after_a_restart_a_stock_node_gets_what_is_newer_or_gone_and_nothing_else() {
         "status edge1.uid-newer 9",
         "create edge1.uid-again 0",
         "edge1: insert default/pod/again 8",
-        "remove edge1.uid-page",
         "status edge1.uid-new 8",
+        "status edge1.uid-page 0",
+        "edge1: delete default/configmap/page",
         "status edge1.uid-again 8",
+        "remove edge1.uid-page",
     ]);
 }
 
@@ -1055,7 +1060,7 @@ fn a_cluster_that_was_set_back_is_believed_after_a_read() {
         "edge1",
         &[("default/pod/web", "uid-web", "90"), ("default/configmap/page", "uid-page", "80")],
     );
-    hub.check(&["relist edge1", "fetch default/configmap/page"]);
+    hub.check(&["fetch default/configmap/page", "relist edge1"]);
     hub.input(Input::Relisted("edge1".into(), vec![pod("web", "edge1", 5, &["page"])], Some(6)));
     hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 4)), Some(6)));
     hub.check(&[
@@ -1113,6 +1118,8 @@ fn record_that_another_hub_wrote_late_still_leads_to_the_delete() {
         namespace: Some("default".into()),
         spec: SyncSpec { api_version: "v1".into(), kind: "Pod".into(), name: "web".into() },
         version: Some("7".into()),
+        at: 1000,
+        is_in_list: false,
     }));
     hub.check(&["relist edge1"]);
     hub.input(Input::Relisted("edge1".into(), Vec::new(), Some(8)));
@@ -1130,10 +1137,163 @@ fn record_that_another_hub_removed_stays_removed_after_the_node_has_left() {
     hub.input(Input::Sync(Word::Gone {
         name: "edge1.uid-web".into(),
         namespace: Some("default".into()),
+        at: 1000,
     }));
     hub.check(&[]);
     // Nor does the node still have the object for sure.
     hub.connect("edge1", false);
     let outputs = hub.outputs();
     assert!(outputs.contains(&"edge1: update default/pod/web 2".to_owned()), "{outputs:?}");
+}
+
+/// A word about the record of the ConfigMap `page`.
+fn record_of_page(version: &str, at: u64) -> Input {
+    Input::Sync(Word::Seen {
+        name: "edge1.uid-page".into(),
+        namespace: Some("default".into()),
+        spec: SyncSpec { api_version: "v1".into(), kind: "ConfigMap".into(), name: "page".into() },
+        version: Some(version.into()),
+        at,
+        is_in_list: false,
+    })
+}
+
+#[test]
+fn config_whose_record_another_hub_removed_and_began_anew_goes_out() {
+    let mut hub = Hub::recorded(&[("edge1.uid-page", Kind::ConfigMap, "page", "2")]);
+    hub.change(Kind::Pod, pod("web", "edge1", 3, &["page"]));
+    hub.outputs();
+    hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 2)), Some(3)));
+    // The other hub took it from the node, and was about to send it again when the node left.
+    hub.input(record_of_page("0", 9));
+    hub.connect("edge1", false);
+    let outputs = hub.outputs();
+    assert!(outputs.contains(&"edge1: update default/configmap/page 2".to_owned()), "{outputs:?}");
+}
+
+#[test]
+fn word_of_another_hub_about_a_record_makes_the_object_go_once_more() {
+    let mut hub = Hub::recorded(&[]);
+    hub.connect("edge1", false);
+    hub.change(Kind::ConfigMap, config("page", 2));
+    hub.change(Kind::Pod, pod("web", "edge1", 3, &["page"]));
+    hub.outputs();
+    hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 2)), Some(3)));
+    hub.outputs();
+    hub.input(record_of_page("1", 1000));
+    hub.check(&["edge1: update default/configmap/page 2", "status edge1.uid-page 2"]);
+    let (name, namespace) = ("edge1.uid-page".into(), Some("default".into()));
+    hub.input(Input::Sync(Word::Gone { name, namespace, at: 2000 }));
+    hub.check(&[
+        "create edge1.uid-page 0",
+        "edge1: update default/configmap/page 2",
+        "status edge1.uid-page 2",
+    ]);
+}
+
+#[test]
+fn record_says_no_version_before_its_config_leaves_a_stock_node() {
+    let mut hub = Hub::recorded(&[]);
+    hub.connect("edge1", false);
+    hub.change(Kind::Pod, pod("web", "edge1", 3, &["page"]));
+    hub.outputs();
+    hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 2)), Some(3)));
+    hub.outputs();
+    hub.input(Input::Deleted(key("default/pod/web"), pod("web", "edge1", 4, &["page"])));
+    hub.check(&[
+        "edge1: delete default/pod/web 4",
+        "remove edge1.uid-web",
+        "status edge1.uid-page 0",
+        "edge1: delete default/configmap/page",
+        "remove edge1.uid-page",
+    ]);
+}
+
+#[test]
+fn connection_waits_while_a_watch_lists_again() {
+    let mut hub = Hub::listed();
+    hub.change(Kind::Pod, pod("web", "edge1", 2, &[]));
+    hub.input(Input::Listing(Kind::Pod));
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[]);
+    hub.check(&[]);
+    hub.change(Kind::Pod, pod("web", "edge1", 3, &[]));
+    hub.input(Input::Listed(Kind::Pod, [key("default/pod/web")].into()));
+    let outputs = hub.outputs();
+    assert_eq!(outputs[0], "edge1: insert default/pod/web 3");
+}
+
+#[test]
+fn list_of_a_cluster_that_was_set_back_counts_for_connected_nodes_too() {
+    let mut hub = Hub::listed();
+    hub.connect("ours", true);
+    hub.digest("ours", &[]);
+    hub.connect("stock", false);
+    for name in ["ours", "stock"] {
+        hub.change(Kind::Pod, pod(name, name, 50, &[]));
+        hub.change(Kind::Pod, pod(&format!("late-{name}"), name, 51, &[]));
+    }
+    hub.outputs();
+    hub.input(Input::Listing(Kind::Pod));
+    let mut older = Vec::new();
+    for (name, version) in [("ours", 20), ("stock", 21)] {
+        let mut pod = pod(name, name, version, &[]);
+        pod["spec"]["hostname"] = json!("before");
+        older.push(pod.clone());
+        hub.change(Kind::Pod, pod);
+    }
+    let keys = ["ours", "stock"].map(|name| key(&format!("default/pod/{name}")));
+    hub.input(Input::Listed(Kind::Pod, keys.into()));
+    let mut outputs = hub.outputs();
+    outputs.sort();
+    // Our own node takes an older version only while it is told what it lacks.
+    assert_eq!(
+        outputs,
+        [
+            "ours: close 1",
+            "stock: delete default/pod/late-stock 51",
+            "stock: update default/pod/stock 21"
+        ]
+    );
+    // What comes next is new, whatever its number.
+    let mut pod = older.remove(1);
+    pod["metadata"]["resourceVersion"] = json!("30");
+    pod["spec"]["hostname"] = json!("after");
+    hub.change(Kind::Pod, pod);
+    hub.check(&["stock: update default/pod/stock 30"]);
+}
+
+#[test]
+fn list_that_is_older_than_a_read_under_way_is_settled_by_another_read() {
+    let mut hub = Hub::listed();
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[]);
+    hub.change(Kind::Pod, pod("a", "edge1", 1, &["page"]));
+    hub.outputs();
+    hub.input(Input::Listing(Kind::ConfigMap));
+    hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 9)), Some(9)));
+    hub.check(&["edge1: insert default/configmap/page 9"]);
+    hub.change(Kind::ConfigMap, config("page", 5));
+    hub.input(Input::Listed(Kind::ConfigMap, [key("default/configmap/page")].into()));
+    hub.check(&["fetch default/configmap/page"]);
+    hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 9)), Some(10)));
+    hub.check(&[]);
+}
+
+#[test]
+fn connection_does_not_wait_for_a_read_of_what_nothing_refers_to_any_more() {
+    let mut hub = Hub::listed();
+    hub.change(Kind::Pod, pod("web", "edge1", 3, &["page"]));
+    hub.change(Kind::ConfigMap, config("page", 2));
+    hub.connect("edge1", true);
+    hub.outputs();
+    hub.digest("edge1", &[("default/configmap/page", "uid-page", "9")]);
+    hub.input(Input::Deleted(key("default/pod/web"), pod("web", "edge1", 4, &["page"])));
+    hub.outputs();
+    for _ in 0..2 {
+        let page = Some(config("page", 9));
+        hub.input(Input::Fetched(key("default/configmap/page"), page, Some(9)));
+    }
+    let outputs = hub.outputs();
+    assert!(outputs.contains(&"edge1: response skerry/digest".to_owned()), "{outputs:?}");
 }

@@ -58,14 +58,24 @@ impl Version {
             _ => {}
         }
         let fingerprint = fingerprint(kind, &object);
-        let since = match old.filter(|old| old.fingerprint == fingerprint) {
-            Some(old) => old.since,
-            None => number(&resource_version),
-        };
+        let since = old.filter(|old| old.fingerprint == fingerprint).and_then(|old| old.since);
+        let since = since.or_else(|| number(&resource_version));
         // Objects that stay the same under a new version, as those with a lease in them do, keep their strings.
         let uid = old.map_or(uid, |old| Arc::clone(&old.uid));
         let text = raw(&object);
         Some(Arc::new(Self { uid, resource_version, since, fingerprint, text, terminating }))
+    }
+
+    /// The same as something that no version is older than: the cluster went back to a time before it.
+    pub(super) fn voided(&self) -> Arc<Self> {
+        Arc::new(Self {
+            uid: Arc::clone(&self.uid),
+            resource_version: "".into(),
+            since: None,
+            fingerprint: self.fingerprint,
+            text: self.text.clone(),
+            terminating: self.terminating,
+        })
     }
 
     /// Whether a node that holds `resource_version` of the same object has everything that matters.

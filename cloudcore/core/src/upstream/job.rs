@@ -9,68 +9,7 @@
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-
-/// Group and version of the newer jobs, as it begins their resource paths.
-pub const V1ALPHA2: &str = "operations.kubeedge.io/v1alpha2";
-/// Group and version of the older tasks.
-pub const V1ALPHA1: &str = "operations.kubeedge.io/v1alpha1";
-
-/// The kinds of node jobs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// A new version of the edge.
-    NodeUpgrade,
-    /// Images fetched before they are needed.
-    ImagePrePull,
-    /// A change of the edge's configuration.
-    ConfigUpdate,
-}
-
-impl Kind {
-    /// By its name in a resource path.
-    pub fn parse(token: &str) -> Option<Self> {
-        match token {
-            "nodeupgradejob" => Some(Self::NodeUpgrade),
-            "imageprepulljob" => Some(Self::ImagePrePull),
-            "configupdatejob" => Some(Self::ConfigUpdate),
-            _ => None,
-        }
-    }
-
-    /// By the operation of an older task.
-    pub fn of_task(operation: &str) -> Option<Self> {
-        match operation {
-            "upgrade" => Some(Self::NodeUpgrade),
-            "prepull" => Some(Self::ImagePrePull),
-            _ => None,
-        }
-    }
-
-    /// Plural in the API; all are cluster-scoped.
-    pub fn plural(self) -> &'static str {
-        match self {
-            Self::NodeUpgrade => "nodeupgradejobs",
-            Self::ImagePrePull => "imageprepulljobs",
-            Self::ConfigUpdate => "configupdatejobs",
-        }
-    }
-
-    /// Whether the flow goes on after `action`; `None` when it has no such action.
-    fn goes_on(self, action: &str, succeeded: bool) -> Option<bool> {
-        let (flow, rollback): (&[&str], bool) = match self {
-            Self::NodeUpgrade => (&["Check", "WaitingConfirmation", "BackUp", "Upgrade"], true),
-            Self::ImagePrePull => (&["Check", "Pull"], false),
-            Self::ConfigUpdate => (&["Check", "BackUp", "Update"], true),
-        };
-        let last = flow.len() - 1;
-        match flow.iter().position(|known| *known == action) {
-            // Only the last action has something to undo.
-            Some(index) if index == last => Some(!succeeded && rollback),
-            Some(_) => Some(succeeded),
-            None => (rollback && action == "RollBack").then_some(false),
-        }
-    }
-}
+use skerry_protocol::job::{ActionReport, ImageStatus, Kind, TaskReport};
 
 /// Why a report changes nothing.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -96,41 +35,6 @@ pub enum Denied {
     },
 }
 
-/// The content of an `UpdateNodeActionStatus` message.
-#[derive(Debug, Clone, Deserialize)]
-pub struct ActionReport {
-    /// The action that ended.
-    pub action: String,
-    /// Whether it went well.
-    #[serde(default)]
-    pub succ: bool,
-    /// When, RFC 3339.
-    #[serde(default, rename = "finishTime")]
-    pub finish_time: String,
-    /// Why it failed.
-    #[serde(default)]
-    pub reason: String,
-    /// `from,to` of an upgrade; a JSON array of image results of a pre-pull.
-    #[serde(default)]
-    pub extend: String,
-}
-
-/// Splits `operations.kubeedge.io/v1alpha2/<type>/<job>/node/<node>`.
-pub fn parse_path(resource: &str) -> Option<(Kind, &str, &str)> {
-    let mut segments = resource.strip_prefix(V1ALPHA2)?.strip_prefix('/')?.split('/');
-    let (kind, job) = (Kind::parse(segments.next()?)?, segments.next()?);
-    let (word, node) = (segments.next()?, segments.next()?);
-    let whole = segments.next().is_none() && word == "node" && !job.is_empty();
-    whole.then_some((kind, job, node))
-}
-
-/// Splits `task/<job>/node/<node>`.
-pub fn parse_task_path(resource: &str) -> Option<(&str, &str)> {
-    let mut segments = resource.strip_prefix("task/")?.split('/');
-    let (job, word, node) = (segments.next()?, segments.next()?, segments.next()?);
-    (segments.next().is_none() && word == "node" && !job.is_empty()).then_some((job, node))
-}
-
 /// Writes a report into `job` (of `v1alpha2`).
 ///
 /// The same report twice, as after a lost answer, is written once.
@@ -140,8 +44,9 @@ pub fn parse_task_path(resource: &str) -> Option<(&str, &str)> {
 /// [`Denied`], when the flow has no such action or the job does not name the node.
 pub fn apply(kind: Kind, job: &mut Value, node: &str, report: &ActionReport) -> Result<(), Denied> {
     let goes_on = kind
-        .goes_on(&report.action, report.succ)
-        .ok_or_else(|| Denied::Action(report.action.clone()))?;
+        .after(&report.action, report.succ)
+        .ok_or_else(|| Denied::Action(report.action.clone()))?
+        .is_some();
     let mut extension = Map::new();
     if !report.extend.is_empty() {
         match kind {
@@ -158,14 +63,11 @@ pub fn apply(kind: Kind, job: &mut Value, node: &str, report: &ActionReport) -> 
             Kind::ConfigUpdate => {}
         }
     }
-    let task = job
-        .pointer_mut("/status/nodeStatus")
-        .and_then(Value::as_array_mut)
-        .into_iter()
-        .flatten()
-        .find(|task| task["nodeName"] == node)
-        .and_then(Value::as_object_mut)
-        .ok_or_else(|| Denied::Node(node.into()))?;
+    let task = task_of(job, node).ok_or_else(|| Denied::Node(node.into()))?;
+    if kind == Kind::ImagePrePull && task.get("phase").is_some_and(|phase| phase == "Successful") {
+        // Told again on a new link while its first reports were on their way; the images are there.
+        return Ok(());
+    }
     let mut entry = json!({"action": report.action, "time": report.finish_time,
         "status": if report.succ { "True" } else { "False" }});
     if !report.succ && !report.reason.is_empty() {
@@ -173,9 +75,11 @@ pub fn apply(kind: Kind, job: &mut Value, node: &str, report: &ActionReport) -> 
     }
     let flow = task.entry("actionFlow").or_insert_with(|| json!([]));
     let Some(flow) = flow.as_array_mut() else { return Err(Denied::Extend) };
-    if flow.last() != Some(&entry) {
-        flow.push(entry);
+    if flow.contains(&entry) {
+        // Told again; whatever came after it counts.
+        return Ok(());
     }
+    flow.push(entry);
     let phase = match (goes_on, report.succ) {
         (true, _) => "InProgress",
         (false, true) => "Successful",
@@ -186,20 +90,78 @@ pub fn apply(kind: Kind, job: &mut Value, node: &str, report: &ActionReport) -> 
     Ok(())
 }
 
-/// The content of an older task's report, on the link or over HTTPS.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
-pub struct TaskReport {
-    /// Who reports; the caller compares it with the path.
-    pub node_name: String,
-    /// What happened, such as `Check`.
-    pub event: String,
-    /// How it went: `Success`, `Failure`.
-    pub action: String,
-    /// Why.
-    pub reason: String,
-    /// Results by image of a pre-pull, as JSON.
-    pub external_message: String,
+/// Whether `job` is kept in the form of `v1alpha2`, whatever its nodes speak. KubeEdge's cloud keeps one form for the
+/// whole cluster, by a switch; a job that it began in the older form is finished in that.
+pub fn is_current(job: &Value) -> bool {
+    job["status"]["phase"].as_str().is_some_and(|phase| !phase.is_empty())
+}
+
+/// An older task's report about a job that is kept in the form of `v1alpha2`.
+///
+/// # Errors
+///
+/// [`Denied`], as [`apply`], and for an event that the flow of this kind has not.
+pub fn apply_older(
+    kind: Kind,
+    job: &mut Value,
+    node: &str,
+    report: &TaskReport,
+    now: &str,
+) -> Result<(), Denied> {
+    let succ = report.action == "Success";
+    let action = match report.event.as_str() {
+        // Only says that the node is there.
+        "Init" if succ => {
+            return task_of(job, node).map(drop).ok_or_else(|| Denied::Node(node.into()));
+        }
+        "Init" | "Check" => "Check",
+        "Backup" => "BackUp",
+        "Pull" => "Pull",
+        "Upgrade" => "Upgrade",
+        "Rollback" => "RollBack",
+        other => return Err(Denied::Action(other.into())),
+    };
+    let mut extend = String::new();
+    if kind == Kind::ImagePrePull && !report.external_message.is_empty() {
+        let images: Vec<OlderImage> =
+            serde_json::from_str(&report.external_message).map_err(|_| Denied::Extend)?;
+        let images: Vec<ImageStatus> = images
+            .into_iter()
+            .map(|image| ImageStatus {
+                status: if image.state == "Successful" { "True" } else { "False" }.into(),
+                image: image.image,
+                reason: image.reason,
+            })
+            .collect();
+        extend = serde_json::to_string(&images).map_err(|_| Denied::Extend)?;
+    }
+    let report = ActionReport {
+        action: action.into(),
+        succ,
+        finish_time: now.into(),
+        reason: report.reason.clone(),
+        extend,
+    };
+    apply(kind, job, node, &report)
+}
+
+/// An image in an older task's report.
+#[derive(Deserialize)]
+struct OlderImage {
+    #[serde(default)]
+    image: String,
+    #[serde(default)]
+    state: String,
+    #[serde(default)]
+    reason: String,
+}
+
+fn task_of<'a>(job: &'a mut Value, node: &str) -> Option<&'a mut Map<String, Value>> {
+    job.pointer_mut("/status/nodeStatus")?
+        .as_array_mut()?
+        .iter_mut()
+        .find(|task| task["nodeName"] == node)?
+        .as_object_mut()
 }
 
 /// Writes a report into `job` (of `v1alpha1`). `now` is RFC 3339.
@@ -336,13 +298,35 @@ mod tests {
     }
 
     #[test]
-    fn paths_are_taken_apart() {
-        let path = "operations.kubeedge.io/v1alpha2/imageprepulljob/j/node/edge1";
-        assert_eq!(parse_path(path), Some((Kind::ImagePrePull, "j", "edge1")));
-        assert_eq!(parse_path("operations.kubeedge.io/v1alpha2/x/j/node/edge1"), None);
-        assert_eq!(parse_path("operations.kubeedge.io/v1alpha2/nodeupgradejob/j/edge1"), None);
-        assert_eq!(parse_task_path("task/j/node/edge1"), Some(("j", "edge1")));
-        assert_eq!(parse_task_path("task/j/edge1"), None);
+    fn an_older_nodes_report_enters_a_job_of_the_newer_form() {
+        let mut job =
+            json!({"status": {"phase": "InProgress", "nodeStatus": [{"nodeName": "edge1"}]}});
+        assert!(is_current(&job) && !is_current(&json!({"status": {"state": "Pulling"}})));
+        let step = |job: &mut Value, event: &str, action: &str, images: &str| {
+            let report = TaskReport {
+                event: event.into(),
+                action: action.into(),
+                external_message: images.into(),
+                ..TaskReport::default()
+            };
+            apply_older(Kind::ImagePrePull, job, "edge1", &report, "now")
+        };
+        step(&mut job, "Init", "Success", "").expect("taken");
+        assert_eq!(job["status"]["nodeStatus"][0], json!({"nodeName": "edge1"}));
+        step(&mut job, "Check", "Success", "").expect("taken");
+        let images =
+            r#"[{"image":"a","state":"Successful"},{"image":"b","state":"Failed","reason":"r"}]"#;
+        step(&mut job, "Pull", "Failure", images).expect("taken");
+        let task = &job["status"]["nodeStatus"][0];
+        assert_eq!(
+            (&task["phase"], task["actionFlow"].as_array().map(Vec::len)),
+            (&json!("Failure"), Some(2))
+        );
+        assert_eq!(
+            task["imageStatus"],
+            json!([{"image": "a", "status": "True"}, {"image": "b", "status": "False", "reason": "r"}])
+        );
+        assert_eq!(step(&mut job, "Dance", "Success", ""), Err(Denied::Action("Dance".into())));
     }
 
     #[test]

@@ -1,0 +1,577 @@
+//! The router: HTTP in the cloud joined to the buses of the nodes, as Rule objects say.
+//!
+//! `skerry_cloudcore_core::router` decides who takes what; this follows the objects, serves HTTP for rules that begin
+//! there, calls HTTP for rules that end there, and counts in the status of the rules. Nodes are told what to follow
+//! when rules change and when they connect, which KubeEdge does only when it starts.
+//!
+//! As KubeEdge's, the HTTP side has neither TLS nor authentication, so it is off until an operator gives it an address.
+//! Calls of a cloud that is not asked for TLS end at `http://`; others are refused.
+//!
+//! Source: kubeedge/kubeedge, cloud/pkg/router.
+
+use crate::api;
+use crate::definitions;
+use crate::hub::Hub;
+use crate::upstream::answer::now_ms;
+use crate::upstream::rest::{self, Merge, Rest};
+use crate::watch::{LOOK_INTERVAL, is_over};
+use bytes::Bytes;
+use futures::{FutureExt, StreamExt};
+use http::{Request, Response, StatusCode, Uri};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use kube::api::{Api, ApiResource, DynamicObject, ListParams};
+use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, Event};
+use serde_json::{Value, json};
+use skerry_cloudcore_core::router::{Follow, Id, Routed, Rules, Target};
+use skerry_protocol::bus::{self, Call, CallResult};
+use skerry_protocol::{Message, MessageId};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Notify, Semaphore, oneshot};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+const ROOT: &str = "/apis/rules.kubeedge.io/v1";
+/// The largest body of a request, in bytes, as KubeEdge's.
+const BODY_LEN_MAX: usize = 12 * 1024 * 1024;
+/// The largest body of an answer that goes to a node, in bytes, as KubeEdge's.
+const ANSWER_LEN_MAX: usize = 1024 * 1024;
+/// HTTP connections at the same time, in each direction.
+const CONNECTIONS_MAX: usize = 256;
+/// How long a node may take for a call, and an HTTP server for an answer.
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a client may take for its request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time between two writes of one rule's counters.
+const COUNT_INTERVAL: Duration = Duration::from_secs(1);
+/// Pause after something that the API did not answer.
+const RETRY_INTERVAL: Duration = Duration::from_secs(2);
+/// Headers that belong to one connection.
+const OF_CONNECTION: [&str; 6] =
+    ["connection", "content-length", "keep-alive", "transfer-encoding", "upgrade", "te"];
+
+/// The way to the router.
+#[derive(Clone)]
+pub(crate) struct Router(Arc<Inner>);
+
+struct Inner {
+    client: kube::Client,
+    hub: Hub,
+    rules: Mutex<Rules>,
+    /// What nodes were told to follow.
+    followed: Mutex<BTreeSet<Follow>>,
+    /// Calls that wait for a node, by the id of their message.
+    calls: Mutex<HashMap<MessageId, (String, oneshot::Sender<CallResult>)>>,
+    counts: Mutex<BTreeMap<Id, Count>>,
+    counted: Notify,
+    outgoing: Semaphore,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// What has happened to a rule since its status was written.
+#[derive(Debug, Default)]
+struct Count {
+    taken: u64,
+    failed: u64,
+    error: Option<String>,
+}
+
+impl Router {
+    /// Starts following the rules and serving HTTP.
+    pub(crate) fn spawn(
+        client: kube::Client,
+        hub: Hub,
+        listener: TcpListener,
+        tasks: &TaskTracker,
+        stop: &CancellationToken,
+    ) -> Self {
+        let router = Self(Arc::new(Inner {
+            client,
+            hub,
+            rules: Mutex::default(),
+            followed: Mutex::default(),
+            calls: Mutex::default(),
+            counts: Mutex::default(),
+            counted: Notify::new(),
+            outgoing: Semaphore::new(CONNECTIONS_MAX),
+            tasks: tasks.clone(),
+            stop: stop.clone(),
+        }));
+        let running = |task: std::pin::Pin<Box<dyn Future<Output = ()> + Send>>| {
+            let stop = stop.clone();
+            tasks.spawn(async move {
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = task => {}
+                }
+            });
+        };
+        running(Box::pin(router.clone().watch()));
+        running(Box::pin(router.clone().write_counts()));
+        running(Box::pin(router.clone().serve(listener)));
+        router
+    }
+
+    /// A new connection of `node` is up: its buses may have forgotten what to follow.
+    pub(crate) async fn connected(&self, node: &str) {
+        let follows: Vec<Follow> =
+            lock(&self.0.followed).iter().filter(|follow| follow.node == node).cloned().collect();
+        for follow in follows {
+            self.tell(&follow, true).await;
+        }
+    }
+
+    /// Takes an upload of a node. Returns the answer, if it has one already; a call of a node's application is answered
+    /// later.
+    pub(crate) fn upload(&self, node: &str, request: &Message) -> Option<Message> {
+        let parent = &request.header.parent_msg_id;
+        if !parent.is_empty() {
+            let mut calls = lock(&self.0.calls);
+            // Another node's call is none of this one's business.
+            if calls.get(parent).is_some_and(|(of, _)| of == node)
+                && let Some((_, waiter)) = calls.remove(parent)
+            {
+                let result = request.content_as().unwrap_or_else(|error| CallResult {
+                    status_code: 502,
+                    body: format!("the node's answer is not readable: {error}").into_bytes(),
+                    ..CallResult::default()
+                });
+                let _ = waiter.send(result);
+            }
+            return None;
+        }
+        let route = &request.route;
+        let is_topic = route.source != bus::SERVICE_BUS;
+        let routed = lock(&self.0.rules).route_upload(node, &route.resource, is_topic);
+        let Some(Routed { rule, target: Target::Rest(url), .. }) = routed else {
+            let reason = format!("no rule takes `{}` of node `{node}`", route.resource);
+            return Some(request.error(now_ms(), "router", bus::GROUP, &reason));
+        };
+        let (router, request, node) = (self.clone(), request.clone(), node.to_owned());
+        let stop = self.0.stop.clone();
+        self.0.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = router.post(&node, &rule, &url, &request, !is_topic) => {}
+            }
+        });
+        None
+    }
+
+    async fn post(&self, node: &str, rule: &Id, url: &str, request: &Message, answers: bool) {
+        // Go gives bytes as base64 from one bus and as text from the other.
+        let body = match serde_json::from_str::<Value>(request.content.get()) {
+            Ok(Value::String(text)) if !answers => text.into_bytes(),
+            Ok(Value::String(text)) => base64_or_text(text),
+            _ => request.content.get().as_bytes().to_vec(),
+        };
+        let sent = match self.0.outgoing.try_acquire() {
+            Ok(_place) => tokio::time::timeout(CALL_TIMEOUT, send(node, url, body))
+                .await
+                .unwrap_or_else(|_| Err(format!("`{url}` did not answer in time"))),
+            Err(_) => Err(format!("{CONNECTIONS_MAX} requests are on their way already")),
+        };
+        let answer = match &sent {
+            Ok(body) => {
+                let mut answer = request.response(now_ms(), &*String::from_utf8_lossy(body));
+                answer.route.source = bus::SERVICE_BUS.into();
+                answer
+            }
+            Err(error) => request.error(now_ms(), bus::SERVICE_BUS, bus::GROUP, error),
+        };
+        self.count(rule, sent.err());
+        if answers {
+            self.0.hub.send(node, answer).await;
+        }
+    }
+
+    fn count(&self, rule: &Id, error: Option<String>) {
+        let mut counts = lock(&self.0.counts);
+        let count = counts.entry(rule.clone()).or_default();
+        match error {
+            None => count.taken += 1,
+            Some(error) => {
+                tracing::debug!(rule = rule.1, namespace = rule.0, error, "a rule failed");
+                count.failed += 1;
+                count.error = Some(error);
+            }
+        }
+        self.0.counted.notify_one();
+    }
+
+    async fn write_counts(self) {
+        loop {
+            self.0.counted.notified().await;
+            let counts = std::mem::take(&mut *lock(&self.0.counts));
+            for (rule, count) in counts {
+                if let Err(refused) = self.write_count(&rule, &count).await {
+                    tracing::debug!(rule = rule.1, namespace = rule.0, error = %refused, "the counters of a rule were not written");
+                }
+            }
+            tokio::time::sleep(COUNT_INTERVAL).await;
+        }
+    }
+
+    async fn write_count(
+        &self,
+        (namespace, name): &Id,
+        count: &Count,
+    ) -> Result<(), crate::upstream::answer::Refused> {
+        let place = rest::path(ROOT, namespace, "rules", name)?;
+        let api = Rest::new(&self.0.client);
+        let known = api.get(&place).await?;
+        let before = |field: &str| known["status"][field].as_u64().unwrap_or(0);
+        let mut status = json!({
+            "successMessages": before("successMessages") + count.taken,
+            "failMessages": before("failMessages") + count.failed,
+            "errors": known["status"]["errors"].as_array().cloned().unwrap_or_default(),
+        });
+        if let Some(error) = &count.error {
+            status["errors"] = json!([error]);
+        }
+        api.patch(&place, Merge::Json, &json!({"status": status})).await.map(drop)
+    }
+
+    /// Tells nodes what rules want of them now, and want no more.
+    async fn refresh(&self) {
+        let wanted = lock(&self.0.rules).follows();
+        let before = std::mem::replace(&mut *lock(&self.0.followed), wanted.clone());
+        for gone in before.difference(&wanted) {
+            self.tell(gone, false).await;
+        }
+        for new in wanted.difference(&before) {
+            self.tell(new, true).await;
+        }
+    }
+
+    async fn tell(&self, follow: &Follow, wanted: bool) {
+        let message = match follow.is_topic {
+            true => bus::follow(now_ms(), &follow.what, wanted),
+            false => bus::serve(now_ms(), &follow.what, wanted),
+        };
+        self.0.hub.send(&follow.node, message).await;
+    }
+}
+
+/// Following the objects.
+impl Router {
+    async fn watch(self) {
+        let mut is_told = false;
+        loop {
+            match self.look().await {
+                Ok(true) => {
+                    is_told = false;
+                    tokio::select! {
+                        () = self.watch_kind(true) => {}
+                        () = self.watch_kind(false) => {}
+                    }
+                }
+                Ok(false) => {
+                    let definitions = skerry_api::kubeedge::rules();
+                    let created = definitions::create(&self.0.client, definitions).await;
+                    if created.is_ok() && definitions::served(|| self.is_there().boxed()).await {
+                        continue;
+                    }
+                    if !std::mem::replace(&mut is_told, true) {
+                        let error =
+                            created.err().map(|error| error.to_string()).unwrap_or_default();
+                        tracing::warn!(error, "the cluster has no rules, looking again later");
+                    }
+                    tokio::time::sleep(LOOK_INTERVAL).await;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "could not look for rules, trying again");
+                    tokio::time::sleep(RETRY_INTERVAL).await;
+                }
+            }
+        }
+    }
+
+    async fn is_there(&self) -> bool {
+        matches!(self.look().await, Ok(true))
+    }
+
+    async fn look(&self) -> kube::Result<bool> {
+        for is_rule in [true, false] {
+            match self.objects(is_rule).list(&ListParams::default().limit(1)).await {
+                Ok(_) => {}
+                Err(error) if api::is_kind_missing(&error) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    fn objects(&self, is_rule: bool) -> Api<DynamicObject> {
+        let (kind, plural) = match is_rule {
+            true => ("Rule", "rules"),
+            false => ("RuleEndpoint", "ruleendpoints"),
+        };
+        let resource = ApiResource {
+            group: "rules.kubeedge.io".into(),
+            version: "v1".into(),
+            api_version: "rules.kubeedge.io/v1".into(),
+            kind: kind.into(),
+            plural: plural.into(),
+        };
+        Api::all_with(self.0.client.clone(), &resource)
+    }
+
+    /// Returns when the cluster no longer has the kind.
+    async fn watch_kind(&self, is_rule: bool) {
+        let events = watcher::watcher(self.objects(is_rule), watcher::Config::default());
+        let mut events = std::pin::pin!(events.default_backoff());
+        let mut ids = BTreeSet::new();
+        while let Some(event) = events.next().await {
+            match event {
+                Ok(Event::Init) => ids.clear(),
+                Ok(Event::InitApply(object)) => {
+                    ids.extend(id(&object));
+                    self.set(is_rule, object);
+                }
+                Ok(Event::InitDone) => {
+                    lock(&self.0.rules).listed(is_rule, &std::mem::take(&mut ids));
+                    self.refresh().await;
+                }
+                Ok(Event::Apply(object)) => {
+                    self.set(is_rule, object);
+                    self.refresh().await;
+                }
+                Ok(Event::Delete(object)) => {
+                    if let Some(id) = id(&object) {
+                        let mut rules = lock(&self.0.rules);
+                        match is_rule {
+                            true => rules.remove_rule(&id),
+                            false => rules.remove_endpoint(&id),
+                        }
+                    }
+                    self.refresh().await;
+                }
+                Err(error) if is_over(&error) => return,
+                Err(error) => tracing::warn!(%error, "watch of rules failed, trying again"),
+            }
+        }
+    }
+
+    fn set(&self, is_rule: bool, object: DynamicObject) {
+        let object = api::to_json(object);
+        let mut rules = lock(&self.0.rules);
+        let problem = match is_rule {
+            true => rules.set_rule(&object),
+            false => rules.set_endpoint(&object),
+        };
+        if let Some(problem) = problem {
+            let metadata = &object["metadata"];
+            tracing::warn!(name = %metadata["name"], namespace = %metadata["namespace"], problem, "a rule or its endpoint is of no use");
+        }
+    }
+}
+
+/// Serving HTTP.
+impl Router {
+    async fn serve(self, listener: TcpListener) {
+        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        loop {
+            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "could not accept a connection of the router");
+                    tokio::time::sleep(RETRY_INTERVAL).await;
+                    continue;
+                }
+            };
+            let (router, stop) = (self.clone(), self.0.stop.clone());
+            self.0.tasks.spawn(async move {
+                let _place = place;
+                let service = hyper::service::service_fn(move |request| {
+                    let router = router.clone();
+                    async move { Ok::<_, Infallible>(router.take(request).await) }
+                });
+                let mut server = hyper::server::conn::http1::Builder::new();
+                server.timer(hyper_util::rt::TokioTimer::new());
+                server.header_read_timeout(REQUEST_TIMEOUT);
+                let connection = server.serve_connection(TokioIo::new(stream), service);
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    _ = connection => {}
+                }
+            });
+        }
+    }
+
+    async fn take(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        let uri = request.uri().path_and_query().map(|uri| uri.as_str().to_owned());
+        let Some(routed) = lock(&self.0.rules).route_request(uri.as_deref().unwrap_or_default())
+        else {
+            return said(StatusCode::NOT_FOUND, "no rule takes this path");
+        };
+        let (parts, body) = request.into_parts();
+        let reading = Limited::new(body, BODY_LEN_MAX).collect();
+        let body = match tokio::time::timeout(REQUEST_TIMEOUT, reading).await {
+            Ok(Ok(body)) => body.to_bytes(),
+            Ok(Err(error)) => return said(StatusCode::BAD_REQUEST, &error.to_string()),
+            Err(_) => return said(StatusCode::REQUEST_TIMEOUT, "the request did not come in time"),
+        };
+        if self.0.hub.backlog(&routed.node).await.is_none() {
+            let error = format!("node `{}` is not connected", routed.node);
+            self.count(&routed.rule, Some(error.clone()));
+            return said(StatusCode::INTERNAL_SERVER_ERROR, &error);
+        }
+        let (answer, error) = match routed.target {
+            Target::Topic(topic) => self.publish(&routed.node, &topic, &body).await,
+            Target::Service { port, path } => {
+                let header = parts.headers.keys().map(|name| {
+                    let values = parts.headers.get_all(name).iter();
+                    let values = values.filter_map(|value| value.to_str().ok().map(str::to_owned));
+                    (name.as_str().to_owned(), values.collect())
+                });
+                let call = Call {
+                    header: header.collect(),
+                    body: body.to_vec(),
+                    method: parts.method.as_str().to_owned(),
+                    url: String::new(),
+                };
+                self.call(&routed.node, &port, &path, &call).await
+            }
+            // `route_request` gives none.
+            Target::Rest(_) => return said(StatusCode::NOT_FOUND, "no rule takes this path"),
+        };
+        self.count(&routed.rule, error);
+        answer
+    }
+
+    async fn publish(
+        &self,
+        node: &str,
+        topic: &str,
+        body: &[u8],
+    ) -> (Response<Full<Bytes>>, Option<String>) {
+        let Ok(text) = std::str::from_utf8(body) else {
+            let error = "the body is no text".to_owned();
+            return (said(StatusCode::BAD_REQUEST, &error), Some(error));
+        };
+        self.0.hub.send(node, bus::publish(now_ms(), topic, text)).await;
+        (said(StatusCode::OK, "message delivered"), None)
+    }
+
+    async fn call(
+        &self,
+        node: &str,
+        port: &str,
+        path: &str,
+        call: &Call,
+    ) -> (Response<Full<Bytes>>, Option<String>) {
+        let Some(message) = bus::call(now_ms(), port, path, call) else {
+            let error = format!("method `{}` cannot be carried to a node", call.method);
+            return (said(StatusCode::METHOD_NOT_ALLOWED, &error), Some(error));
+        };
+        let id = message.header.msg_id.clone();
+        let (waiter, result) = oneshot::channel();
+        lock(&self.0.calls).insert(id.clone(), (node.to_owned(), waiter));
+        let _forget = Forget(self, &id);
+        self.0.hub.send(node, message).await;
+        match tokio::time::timeout(CALL_TIMEOUT, result).await {
+            Ok(Ok(result)) => {
+                let failed = result.status_code >= 400;
+                let error = failed
+                    .then(|| String::from_utf8_lossy(&result.body).chars().take(500).collect());
+                (answered(result), error)
+            }
+            _ => {
+                let error = format!("node `{node}` did not answer in time");
+                (said(StatusCode::REQUEST_TIMEOUT, &error), Some(error))
+            }
+        }
+    }
+}
+
+/// Forgets a call whose client has gone, or that has ended.
+struct Forget<'a>(&'a Router, &'a str);
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.0.calls).remove(self.1);
+    }
+}
+
+fn answered(result: CallResult) -> Response<Full<Bytes>> {
+    let status = StatusCode::from_u16(result.status_code).unwrap_or(StatusCode::BAD_GATEWAY);
+    let mut response = Response::builder().status(status);
+    for (name, values) in &result.header {
+        if OF_CONNECTION.contains(&name.to_ascii_lowercase().as_str()) {
+            continue;
+        }
+        for value in values {
+            response = response.header(name, value);
+        }
+    }
+    response.body(Full::from(result.body)).unwrap_or_else(|_| {
+        said(StatusCode::BAD_GATEWAY, "the node's answer has headers that are none")
+    })
+}
+
+fn said(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(text.to_owned()));
+    *response.status_mut() = status;
+    response
+}
+
+/// Sends `body` to `url`; the body of the answer.
+async fn send(node: &str, url: &str, body: Vec<u8>) -> Result<Bytes, String> {
+    let bad = || format!("`{url}` is no address of the form `http://host[:port]/path`");
+    let uri: Uri = url.parse().map_err(|_| bad())?;
+    let (Some("http"), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
+        return Err(bad());
+    };
+    let failed = |error: &dyn std::fmt::Display| format!("`{url}` could not be reached: {error}");
+    let stream = TcpStream::connect((
+        authority.host().trim_matches(['[', ']']),
+        authority.port_u16().unwrap_or(80),
+    ));
+    let stream = stream.await.map_err(|error| failed(&error))?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| failed(&error))?;
+    let request = Request::post(uri.path_and_query().map_or("/", |path| path.as_str()))
+        .header("host", authority.as_str())
+        .header("NodeName", node)
+        .body(Full::<Bytes>::from(body))
+        .map_err(|_| bad())?;
+    let exchange = async {
+        let response = sender.send_request(request).await.map_err(|error| failed(&error))?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), ANSWER_LEN_MAX).collect().await;
+        let body = body.map_err(|error| failed(&error))?.to_bytes();
+        match status.is_success() {
+            true => Ok(body),
+            false => Err(format!("`{url}` answered {status}")),
+        }
+    };
+    tokio::pin!(exchange);
+    tokio::select! {
+        // The connection may end before the last of the answer is read.
+        _ = connection => exchange.await,
+        done = &mut exchange => done,
+    }
+}
+
+fn base64_or_text(text: String) -> Vec<u8> {
+    use base64::Engine;
+    base64::engine::general_purpose::STANDARD.decode(&text).unwrap_or_else(|_| text.into_bytes())
+}
+
+fn id(object: &DynamicObject) -> Option<Id> {
+    Some((object.metadata.namespace.clone()?, object.metadata.name.clone()?))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("never held over a panic")
+}

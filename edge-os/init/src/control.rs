@@ -1,0 +1,162 @@
+//! What is said on `/run/skerry/init.sock`: one JSON object a line, from root only.
+//!
+//! `{"beat":{…}}` every ten seconds from the agent, `{"reboot":{"reason":"…"}}`, `{"poweroff":{"reason":"…"}}`,
+//! `{"token-used":true}` after the node has joined, and `{"facts":{}}`, which is answered by one line. A line that is
+//! none of these is answered by `{"error":"…"}`. Pure: sockets are [`crate::stage1`]'s.
+
+use crate::console::{Problem, plain};
+use crate::supervise::Beat;
+use serde::{Deserialize, Serialize};
+
+/// Where PID 1 listens.
+pub const SOCKET: &str = "/run/skerry/init.sock";
+/// Clients at a time; one more is closed at once.
+pub const CLIENTS_MAX: usize = 16;
+/// Longest line; a client that sends a longer one is closed.
+pub const LINE_LEN_MAX: usize = 8 * 1024;
+
+/// A line from a client.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Request {
+    /// The agent lives.
+    Beat(BeatLine),
+    /// Start the machine again.
+    Reboot(Reason),
+    /// Power it off.
+    Poweroff(Reason),
+    /// The token was used.
+    TokenUsed(bool),
+    /// How is the machine?
+    Facts(Nothing),
+}
+
+/// No fields yet.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct Nothing {}
+
+/// Why the machine is to end.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Reason {
+    /// For the console and for the log.
+    pub reason: String,
+}
+
+/// The agent's sign of life.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct BeatLine {
+    /// There is a link.
+    pub connected: bool,
+    /// The cluster has taken the Node.
+    pub registered: bool,
+    /// Pods that run.
+    pub pods: u32,
+    /// What keeps it from the above, one sentence.
+    pub problem: String,
+    /// What a person can do about it.
+    pub hint: String,
+}
+
+impl From<BeatLine> for Beat {
+    fn from(line: BeatLine) -> Self {
+        let problem = (!line.problem.is_empty())
+            .then(|| Problem::new(plain(&line.problem), plain(&line.hint)));
+        Self { connected: line.connected, registered: line.registered, pods: line.pods, problem }
+    }
+}
+
+/// The answer to `facts`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Facts {
+    /// Version of the image.
+    pub version: String,
+    /// `production` or `debug`.
+    pub variant: String,
+    /// Id of this boot.
+    pub boot_id: String,
+    /// Where the site came from.
+    pub source: String,
+    /// What is wrong.
+    pub problems: Vec<Problem>,
+    /// Seconds since the machine started.
+    pub uptime_s: u64,
+    /// Where the time came from.
+    pub clock: String,
+    /// Which root runs.
+    pub slot: String,
+    /// How the state is: `kept`, `new`, `degraded` or `memory`.
+    pub state: String,
+}
+
+/// Reads a line.
+///
+/// # Errors
+///
+/// What is wrong with it, for the answer.
+pub fn parse(line: &[u8]) -> Result<Request, String> {
+    serde_json::from_slice(line).map_err(|error| error.to_string())
+}
+
+/// The answer to a line that could not be read.
+pub fn refusal(what: &str) -> String {
+    serde_json::json!({ "error": what }).to_string()
+}
+
+/// What a client has sent and is not a whole line yet.
+#[derive(Debug, Default)]
+pub struct Lines(Vec<u8>);
+
+impl Lines {
+    /// Adds bytes and returns the lines that are whole.
+    ///
+    /// # Errors
+    ///
+    /// A line is longer than [`LINE_LEN_MAX`].
+    pub fn take(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, &'static str> {
+        self.0.extend_from_slice(bytes);
+        let mut lines = Vec::new();
+        while let Some(end) = self.0.iter().position(|byte| *byte == b'\n') {
+            let mut line: Vec<u8> = self.0.drain(..=end).collect();
+            line.pop();
+            if line.len() > LINE_LEN_MAX {
+                return Err("line too long");
+            }
+            if !line.is_empty() {
+                lines.push(line);
+            }
+        }
+        if self.0.len() > LINE_LEN_MAX { Err("line too long") } else { Ok(lines) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_request_of_the_contract_is_read() {
+        let beat = parse(br#"{"beat":{"connected":true,"pods":3}}"#).expect("a beat");
+        let Request::Beat(line) = beat else { panic!("{beat:?}") };
+        let beat = Beat::from(line);
+        assert!(beat.connected && !beat.registered && beat.pods == 3 && beat.problem.is_none());
+        let reason = || Reason { reason: "kernel".into() };
+        assert_eq!(parse(br#"{"reboot":{"reason":"kernel"}}"#), Ok(Request::Reboot(reason())));
+        assert_eq!(parse(br#"{"poweroff":{"reason":"kernel"}}"#), Ok(Request::Poweroff(reason())));
+        assert_eq!(parse(br#"{"token-used":true}"#), Ok(Request::TokenUsed(true)));
+        assert_eq!(parse(br#"{"facts":{}}"#), Ok(Request::Facts(Nothing {})));
+        for bad in ["", "{}", "[]", r#"{"rm":{}}"#, r#"{"beat":{}} x"#, "\u{0}"] {
+            let error = parse(bad.as_bytes()).expect_err("no request");
+            assert!(refusal(&error).starts_with(r#"{"error":"#));
+        }
+    }
+
+    #[test]
+    fn lines_are_put_together_and_long_ones_refused() {
+        let mut lines = Lines::default();
+        assert_eq!(lines.take(b"ab"), Ok(vec![]));
+        assert_eq!(lines.take(b"c\n\nd\ne"), Ok(vec![b"abc".to_vec(), b"d".to_vec()]));
+        assert!(lines.take(&vec![b'x'; LINE_LEN_MAX + 1]).is_err());
+    }
+}

@@ -1,0 +1,101 @@
+//! `cargo xtask image`: an appliance image from this tree; the pilot, the benches and `up --vm` use the same recipe.
+
+use crate::{build, images, setup, sh};
+use anyhow::Result;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Cargo profile of the programs in it; `quick` builds it fast and large
+    #[arg(long, default_value = "edge")]
+    profile: String,
+    /// More arguments for `skerry image build`, after `--`
+    #[arg(last = true)]
+    more: Vec<String>,
+}
+
+/// How an image is built.
+#[derive(Clone, Copy)]
+pub(crate) struct Recipe<'a> {
+    /// Cargo profile of the programs in it, or [`build::QUICK`].
+    profile: &'a str,
+    /// Sign it for Secure Boot with the keys of this folder.
+    keys: Option<&'a Path>,
+    /// Further arguments of the builder.
+    more: &'a [String],
+}
+
+impl<'a> Recipe<'a> {
+    /// Unsigned, with the programs of a profile.
+    pub(crate) fn new(profile: &'a str) -> Self {
+        Self { profile, keys: None, more: &[] }
+    }
+
+    /// The same, signed for Secure Boot with the keys of a folder.
+    pub(crate) fn signed(profile: &'a str, keys: &'a Path) -> Self {
+        Self { keys: Some(keys), ..Self::new(profile) }
+    }
+}
+
+/// What was built.
+pub(crate) struct Built {
+    /// Folder of the image.
+    pub(crate) folder: PathBuf,
+    /// The `skerry` command that built it.
+    pub(crate) skerry: PathBuf,
+    /// The program that boots it.
+    pub(crate) pilot: PathBuf,
+}
+
+/// Builds an image and prints its folder.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    setup::run_for(setup::For::Machines)?;
+    let built = build(&Recipe { more: &args.more, ..Recipe::new(&args.profile) })?;
+    println!("{}", built.folder.display());
+    Ok(())
+}
+
+/// Builds an image with the container images of the template in it.
+pub(crate) fn build(recipe: &Recipe<'_>) -> Result<Built> {
+    let programs = build::programs("dev")?;
+    let appliance = build::appliance(recipe.profile)?;
+    let target = build::target()?;
+    let archives = images::pack(&target.join("images"))?;
+    let name = if recipe.keys.is_some() { "-signed" } else { "" };
+    let folder = target.join("image").join(format!("{}{name}", recipe.profile));
+    let mut skerry = Command::new(&programs.skerry);
+    skerry.args(["image", "build", "--arch", "amd64", "--out"]).arg(&folder);
+    skerry.arg("--binaries").arg(&appliance);
+    for archive in archives {
+        // The builder brings a pause of its own.
+        if !archive.to_string_lossy().contains("pause") {
+            skerry.arg("--image").arg(archive);
+        }
+    }
+    if recipe.profile == build::QUICK {
+        skerry.args(["--profile", "quick"]);
+    }
+    if let Some(keys) = recipe.keys {
+        skerry.arg("--sign-key").arg(keys.join("db.key"));
+        skerry.arg("--sign-cert").arg(keys.join("db.crt"));
+    }
+    sh::run(skerry.args(recipe.more))?;
+    let pilot = programs.skerry.with_file_name("skerry-pilot");
+    Ok(Built { folder, skerry: programs.skerry, pilot })
+}
+
+/// A folder with UEFI firmware: that of the image's own Debian release, which is faster than an older one.
+pub(crate) fn firmware(skerry: &Path) -> Result<PathBuf> {
+    let folder = build::target()?.join("firmware");
+    sh::run(Command::new(skerry).args(["image", "firmware"]).arg(&folder))?;
+    Ok(folder)
+}
+
+/// A folder of keys for tests of Secure Boot, made once.
+pub(crate) fn keys() -> Result<PathBuf> {
+    let skerry = build::programs("dev")?.skerry;
+    let folder = build::target()?.join("secure-boot");
+    sh::run(Command::new(skerry).args(["image", "keys"]).arg(&folder))?;
+    Ok(folder)
+}
