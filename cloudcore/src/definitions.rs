@@ -1,11 +1,13 @@
 //! Definitions of kinds that CloudCore needs and the cluster lacks.
 
 use crate::api;
-use futures::future::BoxFuture;
+use crate::watch::LOOK_INTERVAL;
 use kube::api::{Api, ApiResource, DynamicObject, PostParams};
 use serde_json::Value;
 use std::time::Duration;
 
+/// Pause after a look that the cluster did not answer.
+const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// Time between two looks whether a new definition is served.
 const SERVED_INTERVAL: Duration = Duration::from_millis(100);
 /// How long an API may take to serve one.
@@ -36,10 +38,56 @@ pub(crate) async fn create(client: &kube::Client, definitions: Vec<Value>) -> ku
     Ok(())
 }
 
-/// Waits until `look` finds them. Returns whether it did in time.
-pub(crate) async fn served<'a>(look: impl Fn() -> BoxFuture<'a, bool>) -> bool {
+/// Kinds of objects that a service follows in a cluster that may lack them.
+pub(crate) trait Kinds: Sync {
+    /// What they are, for the log: `rules`.
+    fn what(&self) -> String;
+    /// The cluster.
+    fn client(&self) -> &kube::Client;
+    /// Their definitions.
+    fn definitions(&self) -> Vec<Value>;
+    /// Whether the cluster has all of them.
+    fn look(&self) -> impl Future<Output = kube::Result<bool>> + Send;
+    /// Follows their objects; returns when the cluster no longer has one of the kinds.
+    fn watch(&self) -> impl Future<Output = ()> + Send;
+}
+
+/// Follows the kinds whenever the cluster has them; makes the definitions where it lacks them. Never returns.
+pub(crate) async fn follow(kinds: &impl Kinds) {
+    let mut is_told = false;
+    loop {
+        match kinds.look().await {
+            Ok(true) => {
+                is_told = false;
+                kinds.watch().await;
+            }
+            Ok(false) => {
+                let created = create(kinds.client(), kinds.definitions()).await;
+                if created.is_ok() && served(kinds).await {
+                    continue;
+                }
+                if !std::mem::replace(&mut is_told, true) {
+                    let error = created.err().map(|error| error.to_string()).unwrap_or_default();
+                    tracing::warn!(
+                        error,
+                        "the cluster has no {}, looking again later",
+                        kinds.what()
+                    );
+                }
+                tokio::time::sleep(LOOK_INTERVAL).await;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "could not look for {}, trying again", kinds.what());
+                tokio::time::sleep(RETRY_INTERVAL).await;
+            }
+        }
+    }
+}
+
+/// Waits until the cluster serves them. Returns whether it did in time.
+async fn served(kinds: &impl Kinds) -> bool {
     let waiting = async {
-        while !look().await {
+        while !matches!(kinds.look().await, Ok(true)) {
             tokio::time::sleep(SERVED_INTERVAL).await;
         }
     };

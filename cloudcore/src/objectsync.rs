@@ -6,14 +6,12 @@
 //! none of this.
 
 use crate::api;
+use crate::definitions;
 use crate::hub::Hub;
 use crate::watch::{LOOK_INTERVAL, is_over};
 use futures::StreamExt;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::{
-    Api, ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams,
-    Preconditions,
-};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event};
 use serde::de::DeserializeOwned;
@@ -140,26 +138,7 @@ impl Watch {
 
     /// Creates the two definitions and waits until they are served.
     async fn install(&self) -> Result<(), InstallError> {
-        let resource = ApiResource {
-            group: "apiextensions.k8s.io".into(),
-            version: "v1".into(),
-            api_version: "apiextensions.k8s.io/v1".into(),
-            kind: "CustomResourceDefinition".into(),
-            plural: "customresourcedefinitions".into(),
-        };
-        let definitions: Api<DynamicObject> = Api::all_with(self.client.clone(), &resource);
-        for definition in crds() {
-            let definition: DynamicObject =
-                serde_json::from_value(definition).expect("our own definitions are objects");
-            match definitions.create(&PostParams::default(), &definition).await {
-                Ok(_) => {
-                    let name = definition.metadata.name;
-                    tracing::info!(name, "created a definition that the cluster lacked");
-                }
-                Err(error) if api::is_already_exists(&error) => {}
-                Err(error) => return Err(InstallError::Create(error)),
-            }
-        }
+        definitions::create(&self.client, crds()).await.map_err(InstallError::Create)?;
         let served = async {
             while !matches!(self.look().await, Ok(true)) {
                 tokio::time::sleep(SERVED_INTERVAL).await;

@@ -10,13 +10,13 @@
 //! Source: kubeedge/kubeedge, cloud/pkg/router.
 
 use crate::api;
-use crate::definitions;
+use crate::definitions::{self, Kinds};
 use crate::hub::Hub;
 use crate::upstream::answer::now_ms;
 use crate::upstream::rest::{self, Merge, Rest};
-use crate::watch::{LOOK_INTERVAL, is_over};
+use crate::watch::is_over;
 use bytes::Bytes;
-use futures::{FutureExt, StreamExt};
+use futures::StreamExt;
 use http::{Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
@@ -113,7 +113,8 @@ impl Router {
                 }
             });
         };
-        running(Box::pin(router.clone().watch()));
+        let kinds = router.clone();
+        running(Box::pin(async move { definitions::follow(&kinds).await }));
         running(Box::pin(router.clone().write_counts()));
         running(Box::pin(router.clone().serve(listener)));
         router
@@ -260,42 +261,17 @@ impl Router {
     }
 }
 
-/// Following the objects.
-impl Router {
-    async fn watch(self) {
-        let mut is_told = false;
-        loop {
-            match self.look().await {
-                Ok(true) => {
-                    is_told = false;
-                    tokio::select! {
-                        () = self.watch_kind(true) => {}
-                        () = self.watch_kind(false) => {}
-                    }
-                }
-                Ok(false) => {
-                    let definitions = skerry_api::kubeedge::rules();
-                    let created = definitions::create(&self.0.client, definitions).await;
-                    if created.is_ok() && definitions::served(|| self.is_there().boxed()).await {
-                        continue;
-                    }
-                    if !std::mem::replace(&mut is_told, true) {
-                        let error =
-                            created.err().map(|error| error.to_string()).unwrap_or_default();
-                        tracing::warn!(error, "the cluster has no rules, looking again later");
-                    }
-                    tokio::time::sleep(LOOK_INTERVAL).await;
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "could not look for rules, trying again");
-                    tokio::time::sleep(RETRY_INTERVAL).await;
-                }
-            }
-        }
+impl Kinds for Router {
+    fn what(&self) -> String {
+        "rules".into()
     }
 
-    async fn is_there(&self) -> bool {
-        matches!(self.look().await, Ok(true))
+    fn client(&self) -> &kube::Client {
+        &self.0.client
+    }
+
+    fn definitions(&self) -> Vec<Value> {
+        skerry_api::kubeedge::rules()
     }
 
     async fn look(&self) -> kube::Result<bool> {
@@ -309,6 +285,16 @@ impl Router {
         Ok(true)
     }
 
+    async fn watch(&self) {
+        tokio::select! {
+            () = self.watch_kind(true) => {}
+            () = self.watch_kind(false) => {}
+        }
+    }
+}
+
+/// Following the objects.
+impl Router {
     fn objects(&self, is_rule: bool) -> Api<DynamicObject> {
         let (kind, plural) = match is_rule {
             true => ("Rule", "rules"),

@@ -338,6 +338,18 @@ enum SharedState {
     Present(Arc<Version>),
 }
 
+impl SharedState {
+    /// It is not believed any more; what was seen last is kept until the read that the caller asks for.
+    fn doubt(&mut self) {
+        let seen = match std::mem::replace(self, Self::Absent) {
+            Self::Present(version) => Some(version),
+            Self::Unknown(seen) => seen,
+            Self::Absent => None,
+        };
+        *self = Self::Unknown(seen);
+    }
+}
+
 #[derive(Debug, Default)]
 struct Node {
     /// The Node object; for a node that is no edge node its text is not kept.

@@ -8,12 +8,12 @@
 
 use super::Jobs;
 use crate::api;
-use crate::definitions;
+use crate::definitions::{self, Kinds};
 use crate::hub::sleep_until;
 use crate::upstream::answer::{Refused, now_ms};
 use crate::upstream::rest::{self, Merge, Rest};
-use crate::watch::{LOOK_INTERVAL, is_over};
-use futures::{FutureExt, StreamExt};
+use crate::watch::is_over;
+use futures::StreamExt;
 use kube::api::{Api, ApiResource, DynamicObject, ListParams};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event};
@@ -51,7 +51,7 @@ pub(super) fn spawn(jobs: Jobs, tasks: &TaskTracker, stop: &CancellationToken) {
     tasks.spawn(async move {
         tokio::select! {
             () = stopped.cancelled() => {}
-            () = watch.run() => {}
+            () = definitions::follow(&watch) => {}
         }
     });
     let owner = Owner { jobs, entries: BTreeMap::new(), _changes: sender };
@@ -226,46 +226,17 @@ struct Watch {
     changes: mpsc::Sender<Change>,
 }
 
-impl Watch {
-    /// Watches the kinds whenever the cluster has them; makes the definitions where it lacks them.
-    async fn run(self) {
-        let mut is_told = false;
-        loop {
-            match self.look().await {
-                Ok(true) => {
-                    is_told = false;
-                    tokio::select! {
-                        () = self.watch(Kind::NodeUpgrade) => {}
-                        () = self.watch(Kind::ImagePrePull) => {}
-                        () = self.watch(Kind::ConfigUpdate) => {}
-                    }
-                }
-                Ok(false) => {
-                    let definitions = skerry_api::kubeedge::operations();
-                    let created = definitions::create(&self.client, definitions).await;
-                    if created.is_ok() && definitions::served(|| self.is_there().boxed()).await {
-                        continue;
-                    }
-                    if !std::mem::replace(&mut is_told, true) {
-                        let error =
-                            created.err().map(|error| error.to_string()).unwrap_or_default();
-                        tracing::warn!(
-                            error,
-                            "the cluster has no node jobs of `{V1ALPHA2}`, looking again later"
-                        );
-                    }
-                    tokio::time::sleep(LOOK_INTERVAL).await;
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "could not look for the kinds of node jobs, trying again");
-                    tokio::time::sleep(RETRY_INTERVAL).await;
-                }
-            }
-        }
+impl Kinds for Watch {
+    fn what(&self) -> String {
+        format!("node jobs of `{V1ALPHA2}`")
     }
 
-    async fn is_there(&self) -> bool {
-        matches!(self.look().await, Ok(true))
+    fn client(&self) -> &kube::Client {
+        &self.client
+    }
+
+    fn definitions(&self) -> Vec<Value> {
+        skerry_api::kubeedge::operations()
     }
 
     async fn look(&self) -> kube::Result<bool> {
@@ -279,6 +250,16 @@ impl Watch {
         Ok(true)
     }
 
+    async fn watch(&self) {
+        tokio::select! {
+            () = self.watch_kind(Kind::NodeUpgrade) => {}
+            () = self.watch_kind(Kind::ImagePrePull) => {}
+            () = self.watch_kind(Kind::ConfigUpdate) => {}
+        }
+    }
+}
+
+impl Watch {
     fn objects(&self, kind: Kind) -> Api<DynamicObject> {
         let (group, version) = V1ALPHA2.split_once('/').expect("a group and a version");
         let resource = ApiResource {
@@ -292,7 +273,7 @@ impl Watch {
     }
 
     /// Returns when the cluster no longer has the kind.
-    async fn watch(&self, kind: Kind) {
+    async fn watch_kind(&self, kind: Kind) {
         let events = watcher::watcher(self.objects(kind), watcher::Config::default());
         let mut events = std::pin::pin!(events.default_backoff());
         let mut names = BTreeSet::new();

@@ -119,12 +119,7 @@ impl Downstream {
             Kind::Device | Kind::Node => self.fetch(key),
             _ => {
                 if let Some(shared) = self.shared.get_mut(key) {
-                    let seen = match std::mem::replace(&mut shared.state, SharedState::Absent) {
-                        SharedState::Present(version) => Some(version),
-                        SharedState::Unknown(seen) => seen,
-                        SharedState::Absent => None,
-                    };
-                    shared.state = SharedState::Unknown(seen);
+                    shared.state.doubt();
                     self.fetch(key);
                 }
             }

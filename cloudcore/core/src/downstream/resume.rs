@@ -241,12 +241,7 @@ impl Downstream {
         session.doubts.insert(key.clone());
         self.doubting.insert(Arc::clone(name));
         if let Some(shared) = self.shared.get_mut(key) {
-            let seen = match std::mem::replace(&mut shared.state, SharedState::Absent) {
-                SharedState::Present(version) => Some(version),
-                SharedState::Unknown(seen) => seen,
-                SharedState::Absent => None,
-            };
-            shared.state = SharedState::Unknown(seen);
+            shared.state.doubt();
         }
         self.fetch(key);
     }

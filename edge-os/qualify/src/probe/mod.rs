@@ -85,11 +85,10 @@ fn group_of(probe: &str) -> &'static str {
         word if word.starts_with("bpf") || word.starts_with("btf") => "bpf",
         "mount" | "filesystem" | "overlay" | "device" | "device-mapper" | "dm-target"
         | "controller" | "cgroup-file" | "cgroup-attach" => "fs",
-        "link" | "link-attribute" | "qdisc" | "filter" | "xdp" | "nfnetlink" | "conntrack"
-        | "nft-chain" | "nft-expression" | "nft-compat" | "xt" | "ipset" | "genl" | "ipvs"
-        | "rule" | "nexthop" | "managed-neighbour" | "socket" | "congestion" | "ulp" | "alg" => {
-            "net"
-        }
+        "link" | "link-attribute" | "qdisc" | "filter" | "xdp" | "xdp-features" | "nfnetlink"
+        | "conntrack" | "nft-chain" | "nft-expression" | "nft-compat" | "xt" | "ipset" | "genl"
+        | "ipvs" | "rule" | "nexthop" | "managed-neighbour" | "socket" | "congestion" | "ulp"
+        | "alg" => "net",
         _ => "host",
     }
 }
@@ -247,10 +246,7 @@ pub fn child(table: &Table, group: &str, after: &str, autoload: Autoload, state:
     });
     for check in table.checks.values() {
         let Some(words) = &check.probe else { continue };
-        if group_of(&words[0]) != group && !(group == "net" && words[0] == "xdp-features") {
-            continue;
-        }
-        if group == "host" && words[0] == "xdp-features" || check.id.as_str() <= after {
+        if group_of(&words[0]) != group || check.id.as_str() <= after {
             continue;
         }
         say(&Line::Start(check.id.clone()));
