@@ -243,11 +243,14 @@ impl Owner {
         let mut left = false;
         for node in self.watches.waiting() {
             // Pods and what they need go first. A node that is not there has just gone; its session says so in a moment.
-            if self.hub.backlog(&node).await.is_none_or(|backlog| backlog.waiting > 0) {
+            let backlog = self.hub.backlog(&node).await;
+            if backlog.is_none_or(|backlog| backlog.waiting > 0) {
+                tracing::debug!(node = &*node, ?backlog, "watched objects wait");
                 left = true;
                 continue;
             }
             let pushes = self.watches.take(&node, SHARE, SHARE_LEN);
+            tracing::debug!(node = &*node, objects = pushes.len(), "watched objects go to the hub");
             left = true;
             for Push { key, object, operation } in pushes {
                 let node = node.to_string();
@@ -330,6 +333,7 @@ impl Source {
             let resource = self.resource.clone();
             let change = match event {
                 Ok(Event::Init) => {
+                    tracing::debug!(%resource, "lists for applications");
                     keys.clear();
                     continue;
                 }
@@ -338,7 +342,10 @@ impl Source {
                     keys.extend(key_of(&resource, &object));
                     Change::Changed(resource, object)
                 }
-                Ok(Event::InitDone) => Change::Listed(resource, std::mem::take(&mut keys)),
+                Ok(Event::InitDone) => {
+                    tracing::debug!(%resource, objects = keys.len(), "listed for applications");
+                    Change::Listed(resource, std::mem::take(&mut keys))
+                }
                 Ok(Event::Apply(object)) => Change::Changed(resource, read(object)),
                 Ok(Event::Delete(object)) => Change::Deleted(resource, read(object)),
                 Err(error) => {

@@ -52,7 +52,14 @@ impl Cluster {
     }
 
     /// With another configuration of CloudCore.
+    ///
+    /// What CloudCore logs is shown when `RUST_LOG` says so.
     pub async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
+        if let Ok(filter) = std::env::var("RUST_LOG") {
+            let logging = tracing_subscriber::fmt().with_env_filter(filter);
+            // The second cluster of a test program finds it done.
+            let _ = logging.with_writer(std::io::stderr).try_init();
+        }
         let dir = tempfile::tempdir().expect("a folder");
         let config = skerry_apiserver::Config {
             dir: dir.path().into(),
@@ -337,7 +344,12 @@ impl Identity {
         let theirs =
             response.headers().get(capability::HEADER).and_then(|value| value.to_str().ok());
         assert_eq!(capabilities.and(Capabilities::parse(theirs)), capabilities);
-        let mut link = Link { node: node_id.into(), socket, arrived: VecDeque::new() };
+        let mut link = Link {
+            node: node_id.into(),
+            socket,
+            arrived: VecDeque::new(),
+            earlier: VecDeque::new(),
+        };
         link.send(Operation::Keepalive, "node", &"ping").await;
         Ok(link)
     }
@@ -429,6 +441,8 @@ pub struct Link {
     pub socket: WebSocketStream<TlsStream<TcpStream>>,
     /// The rest of a batch.
     pub arrived: VecDeque<Message>,
+    /// What came before an answer; acknowledged.
+    pub earlier: VecDeque<Message>,
 }
 
 impl Link {
@@ -450,6 +464,13 @@ impl Link {
 
     /// The next message; pushes are acknowledged.
     pub async fn next(&mut self) -> Message {
+        match self.earlier.pop_front() {
+            Some(message) => message,
+            None => self.next_from_hub().await,
+        }
+    }
+
+    async fn next_from_hub(&mut self) -> Message {
         let message = self.next_unacknowledged().await;
         if ack_required(&message) {
             self.write(&message.ack(0)).await;
@@ -508,6 +529,19 @@ impl Link {
                 let content = message.content_as().expect("json");
                 return (message.route.operation, content);
             }
+        }
+    }
+
+    /// Sends a request as it is and returns its answer. What comes before that is kept for [`Link::next`]: a push may
+    /// overtake it.
+    pub async fn ask_message(&mut self, request: &Message) -> Message {
+        self.write(request).await;
+        loop {
+            let message = self.next_from_hub().await;
+            if message.header.parent_msg_id == request.header.msg_id {
+                return message;
+            }
+            self.earlier.push_back(message);
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::{Cluster, Link, PATIENCE};
 use serde_json::Value;
-use skerry_protocol::{Message, Operation};
+use skerry_protocol::Operation;
 use std::time::Duration;
 
 impl Cluster {
@@ -85,17 +85,6 @@ impl Cluster {
 }
 
 impl Link {
-    /// Sends a request as it is and returns its answer, whatever comes between.
-    pub async fn ask_message(&mut self, request: &Message) -> Message {
-        self.write(request).await;
-        loop {
-            let message = self.next().await;
-            if message.header.parent_msg_id == request.header.msg_id {
-                return message;
-            }
-        }
-    }
-
     /// A request whose answer has to be a success; its content.
     pub async fn must<T: serde::Serialize>(
         &mut self,
