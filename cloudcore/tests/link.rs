@@ -109,15 +109,11 @@ async fn deleted_objects_are_deleted_on_the_node() {
     link.register().await;
     cluster.create_config("page", "one").await;
     cluster.create_pod("web", "edge1", "page").await;
-    link.until("insert", "default/pod/web").await;
+    // In either order: each waits for its own record of delivery.
+    let both = vec!["default/pod/web".to_owned(), "default/configmap/page".to_owned()];
+    link.until_all("insert", both.clone()).await;
     cluster.pods().delete("web", &DeleteParams::default().grace_period(0)).await.expect("deleted");
-    let mut left = vec!["default/pod/web".to_owned(), "default/configmap/page".to_owned()];
-    while !left.is_empty() {
-        let message = link.next().await;
-        if message.route.operation == "delete" {
-            left.retain(|resource| *resource != message.route.resource);
-        }
-    }
+    link.until_all("delete", both).await;
     cluster.stop().await;
 }
 

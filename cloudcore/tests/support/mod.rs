@@ -515,6 +515,16 @@ impl Link {
         }
     }
 
+    /// Reads until all of these have come.
+    pub async fn until_all(&mut self, operation: &str, mut resources: Vec<String>) {
+        while !resources.is_empty() {
+            let route = self.next().await.route;
+            if route.operation == operation {
+                resources.retain(|resource| *resource != route.resource);
+            }
+        }
+    }
+
     /// Sends a request and returns the content of its answer, whatever comes between.
     pub async fn ask<T: serde::Serialize>(
         &mut self,
