@@ -5,6 +5,9 @@
 //! A status is sent when something besides the heartbeat changed, when the cluster holds the node for unknown, and
 //! every 5 minutes; every hour to a hub that renews the Lease itself, which is then the sign of life.
 //!
+//! Whether something is due is asked many times a second and answered from what was made when the machine was looked at
+//! last; a message is made only when it leaves.
+//!
 //! Source: kubeedge/kubeedge, pkg/kubelet kubelet_node_status.go and nodestatus/setters.go; golden session, `node` and
 //! `nodepatch` messages.
 
@@ -13,6 +16,7 @@ use crate::backoff::Backoff;
 use serde_json::{Map, Value, json};
 use skerry_protocol::{MessageId, Operation};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Time between two looks at the machine.
@@ -95,8 +99,10 @@ pub struct NodeReports {
     uid: Option<String>,
     /// Status and last transition, by type.
     transitions: BTreeMap<&'static str, (bool, String)>,
-    /// What the cluster took last, without heartbeats.
-    reported: Option<Value>,
+    /// The status as it is now, without heartbeats; made anew by whatever changes it.
+    status: Arc<Value>,
+    /// What the cluster took last of it. Where nothing has changed since it is the same value.
+    reported: Option<Arc<Value>>,
     reported_at: Option<Instant>,
     report_interval: Duration,
     /// Labels that the cluster's Node lacks.
@@ -121,7 +127,15 @@ struct Flight {
 enum Kind {
     Insert,
     Labels,
-    Patch(Value),
+    Patch(Arc<Value>),
+}
+
+/// What the cluster is to be told next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Due {
+    Registration,
+    Status,
+    Labels,
 }
 
 /// What came of a reply, as far as others care.
@@ -142,6 +156,7 @@ impl NodeReports {
             registered: false,
             uid: None,
             transitions: BTreeMap::new(),
+            status: Arc::default(),
             reported: None,
             reported_at: None,
             report_interval: REPORT_INTERVAL,
@@ -186,6 +201,7 @@ impl NodeReports {
             }
         }
         self.annotations_owed = owed(&self.facts.annotations, |key| self.annotations_told.get(key));
+        self.look();
         (was != Some(ready)).then_some(ready)
     }
 
@@ -222,6 +238,16 @@ impl NodeReports {
                 mine.1 = time.into();
             }
         }
+        self.look();
+    }
+
+    /// Makes the status anew. One that says the same stays the same value, so that comparing it later costs nothing.
+    fn look(&mut self) {
+        let status = self.without_heartbeat();
+        match &self.reported {
+            Some(reported) if **reported == status => self.status = Arc::clone(reported),
+            _ => self.status = Arc::new(status),
+        }
     }
 
     /// The cluster has no Node for us.
@@ -249,7 +275,7 @@ impl NodeReports {
         if self.flight.is_some() || self.next_try.is_some_and(|at| at > now.mono) {
             return None;
         }
-        let (kind, message) = self.due(now)?;
+        let (kind, message) = self.message(self.due(now)?, now);
         self.flight = Some(Flight { id: String::new(), kind, deadline: now.mono + REPLY_TIMEOUT });
         Some(message)
     }
@@ -333,36 +359,46 @@ impl NodeReports {
         }
     }
 
-    fn due(&self, now: Now) -> Option<(Kind, (Operation, &'static str, Value))> {
+    fn due(&self, now: Now) -> Option<Due> {
+        let is_old = || self.reported_at.is_none_or(|at| now.mono >= at + self.report_interval);
         if self.transitions.is_empty() {
-            return None; // nobody has looked at the machine yet
+            None // nobody has looked at the machine yet
+        } else if !self.registered {
+            Some(Due::Registration)
+        } else if is_old() || self.reported.as_ref() != Some(&self.status) {
+            Some(Due::Status)
+        } else if !self.labels_owed.is_empty() || !self.annotations_owed.is_empty() {
+            Some(Due::Labels)
+        } else {
+            None
         }
-        if !self.registered {
-            return Some((Kind::Insert, (Operation::Insert, "node", self.node(now))));
-        }
-        let told = self.without_heartbeat();
-        let old = self.reported_at.is_none_or(|at| now.mono >= at + self.report_interval);
-        if old || self.reported.as_ref() != Some(&told) {
-            let patch = Value::String(self.patch(now, &told).to_string());
-            return Some((Kind::Patch(told), (Operation::Patch, "nodepatch", patch)));
-        }
-        if !self.labels_owed.is_empty() || !self.annotations_owed.is_empty() {
-            let mut node = json!({"metadata": {"name": self.facts.name}});
-            for (field, owed) in
-                [("labels", &self.labels_owed), ("annotations", &self.annotations_owed)]
-            {
-                if !owed.is_empty() {
-                    node["metadata"][field] = json!(owed);
-                }
+    }
+
+    fn message(&self, due: Due, now: Now) -> (Kind, (Operation, &'static str, Value)) {
+        match due {
+            Due::Registration => (Kind::Insert, (Operation::Insert, "node", self.node(now))),
+            Due::Status => {
+                let patch = Value::String(self.patch(now).to_string());
+                let told = Arc::clone(&self.status);
+                (Kind::Patch(told), (Operation::Patch, "nodepatch", patch))
             }
-            return Some((Kind::Labels, (Operation::Update, "node", node)));
+            Due::Labels => {
+                let mut node = json!({"metadata": {"name": self.facts.name}});
+                for (field, owed) in
+                    [("labels", &self.labels_owed), ("annotations", &self.annotations_owed)]
+                {
+                    if !owed.is_empty() {
+                        node["metadata"][field] = json!(owed);
+                    }
+                }
+                (Kind::Labels, (Operation::Update, "node", node))
+            }
         }
-        None
     }
 
     /// The whole Node, to register.
     fn node(&self, now: Now) -> Value {
-        let mut status = self.without_heartbeat();
+        let mut status = (*self.status).clone();
         status["conditions"] = self.conditions(Some(now)).into();
         status["daemonEndpoints"] = json!({"kubeletEndpoint": {"Port": KUBELET_PORT}});
         let mut annotations = self.facts.annotations.clone();
@@ -380,9 +416,9 @@ impl NodeReports {
     }
 
     /// What a status patch holds: all conditions, and of the rest what the cluster does not know yet.
-    fn patch(&self, now: Now, told: &Value) -> Value {
+    fn patch(&self, now: Now) -> Value {
         let mut status = Map::new();
-        for (field, value) in told.as_object().into_iter().flatten() {
+        for (field, value) in self.status.as_object().into_iter().flatten() {
             if self.reported.as_ref().and_then(|reported| reported.get(field)) != Some(value) {
                 status.insert(field.clone(), value.clone());
             }
