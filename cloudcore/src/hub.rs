@@ -19,11 +19,14 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 /// Inputs on their way to the hub. Those who send wait when it is full: watches and sessions can.
 const EVENTS_MAX: usize = 1024;
+/// Reads of single objects and of the pods of single nodes that wait for the API at the same time: when CloudCore has
+/// started, each KubeEdge node that connects needs one.
+const READS_MAX: usize = 32;
 /// First pause before a failed read of the API is tried again; it doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(30);
@@ -183,6 +186,7 @@ struct Owner {
     hub: Hub,
     client: kube::Client,
     writer: Arc<Writer>,
+    reads: Arc<Semaphore>,
     stop: CancellationToken,
     metrics: Metrics,
 }
@@ -200,6 +204,7 @@ pub(crate) async fn run(
         next_session: 1,
         hub,
         writer: Arc::new(Writer::new(client.clone())),
+        reads: Arc::new(Semaphore::new(READS_MAX)),
         client,
         stop: stop.clone(),
         metrics: Metrics::default(),
@@ -314,12 +319,12 @@ impl Owner {
 
     fn fetch(&mut self, key: Key) {
         self.metrics.reads += 1;
-        let (hub, stop) = (self.hub.clone(), self.stop.clone());
+        let (hub, stop, turns) = (self.hub.clone(), self.stop.clone(), Arc::clone(&self.reads));
         let api = api::objects(&self.client, key.kind(), key.namespace());
         tokio::spawn(async move {
             // A list of one tells its version also when there is no such object.
             let of_name = ListParams::default().fields(&format!("metadata.name={}", key.name()));
-            if let Some(list) = until_read(&stop, || api.list(&of_name)).await {
+            if let Some(list) = until_read(&turns, &stop, || api.list(&of_name)).await {
                 let at = list.metadata.resource_version.and_then(|version| version.parse().ok());
                 let object = list.items.into_iter().next().map(api::to_json);
                 hub.input(Input::Fetched(key, object, at)).await;
@@ -329,11 +334,11 @@ impl Owner {
 
     fn relist(&mut self, node: String) {
         self.metrics.reads += 1;
-        let (hub, stop) = (self.hub.clone(), self.stop.clone());
+        let (hub, stop, turns) = (self.hub.clone(), self.stop.clone(), Arc::clone(&self.reads));
         let api = api::all_objects(&self.client, Kind::Pod);
         tokio::spawn(async move {
             let of_node = ListParams::default().fields(&format!("spec.nodeName={node}"));
-            if let Some(list) = until_read(&stop, || api.list(&of_node)).await {
+            if let Some(list) = until_read(&turns, &stop, || api.list(&of_node)).await {
                 let at = list.metadata.resource_version.and_then(|version| version.parse().ok());
                 let pods: Vec<Value> = list.items.into_iter().map(api::to_json).collect();
                 hub.input(Input::Relisted(node, pods, at)).await;
@@ -342,16 +347,24 @@ impl Owner {
     }
 }
 
-/// Reads until the API answers; `None` when it is time to stop.
-async fn until_read<T, F>(stop: &CancellationToken, read: impl Fn() -> F) -> Option<T>
+/// Reads until the API answers, each time in its turn; `None` when it is time to stop.
+async fn until_read<T, F>(
+    turns: &Semaphore,
+    stop: &CancellationToken,
+    read: impl Fn() -> F,
+) -> Option<T>
 where
     F: Future<Output = kube::Result<T>>,
 {
     let mut pause = RETRY_MIN;
     loop {
+        let in_turn = async {
+            let _turn = turns.acquire().await.ok()?;
+            Some(read().await)
+        };
         let result = tokio::select! {
             () = stop.cancelled() => return None,
-            result = read() => result,
+            result = in_turn => result?,
         };
         match result {
             Ok(value) => return Some(value),

@@ -444,7 +444,7 @@ impl Agent {
                 self.tunnel.send_modify(|demand| demand.handle_connected(asks));
                 let digest = capabilities.digest.then(|| self.meta.start_digest());
                 if digest.is_none() {
-                    self.meta.digest_answered();
+                    self.meta.link_lost();
                 }
                 self.uplink.handle_connected(now(), capabilities, digest);
                 self.api.handle_connected();
@@ -467,7 +467,7 @@ impl Agent {
                     tracing::info!(reason, "no link");
                 }
                 self.outgoing = None;
-                self.meta.digest_answered();
+                self.meta.link_lost();
                 self.uplink.handle_disconnected(now());
                 self.api.handle_disconnected(now());
             }
@@ -531,6 +531,7 @@ impl Agent {
 
     /// Carries out what the uplink asks for. Returns whether messages wait for room in the link's queue.
     async fn drain(&mut self) -> Result<bool, AgentError> {
+        self.uplink.want_digest(self.meta.digest_due());
         while let Some(output) = self.uplink.poll_output(now()) {
             self.handle_output(output).await?;
         }
@@ -738,6 +739,7 @@ impl Agent {
             Output::Reconnect(reason) => {
                 tracing::warn!(reason, "dialling again");
                 self.outgoing = None; // the link sees that its sender is gone
+                self.meta.link_lost();
                 self.uplink.handle_disconnected(now());
                 self.api.handle_disconnected(now());
             }

@@ -498,6 +498,9 @@ fn apply<'a>(
                 transaction
                     .prepare_cached("INSERT OR REPLACE INTO objects VALUES (?1, ?2, ?3, ?4, ?5)")?
                     .execute(params![row.path, row.kind, row.uid, row.rv, row.json])?;
+                transaction
+                    .prepare_cached("DELETE FROM tombstones WHERE uid = ?1")?
+                    .execute([&row.uid])?;
             }
             Change::Object(Write::Remove { path, tombstone }) => {
                 transaction.execute("DELETE FROM objects WHERE key = ?1", [path])?;
@@ -671,6 +674,25 @@ mod tests {
         assert_eq!(store.load(), [record]);
         let mode = fs::metadata(&path).expect("the file").permissions().mode();
         assert_eq!(mode & 0o077, 0, "secrets are for the owner only");
+    }
+
+    #[tokio::test]
+    async fn object_that_came_back_is_not_remembered_as_deleted() {
+        let dir = directory();
+        let path = dir.path().join("state.db");
+        let (store, _) = Store::open(&path).expect("a new file");
+        for name in ["a", "b"] {
+            let tombstone = Tombstone { uid: row(name, "3").uid, version_min: 4 };
+            let path = format!("default/configmap/{name}");
+            let remove = Write::Remove { path, tombstone: Some(tombstone) };
+            store.write(remove).await.expect("written");
+        }
+        store.write(Write::Put(row("b", "2"))).await.expect("written");
+        drop(store);
+
+        let (_, opened) = Store::open(&path).expect("the same file");
+        assert_eq!(opened.rows, [row("b", "2")]);
+        assert_eq!(opened.tombstones, [Tombstone { uid: row("a", "3").uid, version_min: 4 }]);
     }
 
     #[tokio::test]

@@ -67,6 +67,11 @@ fn an_agent_that_forgets_what_it_owes_is_found() {
 }
 
 #[test]
+fn an_agent_that_believes_in_no_restored_cluster_is_found() {
+    is_found(Sabotage::DisputesNothing);
+}
+
+#[test]
 fn a_hub_that_loses_deletes_is_found() {
     is_found(Sabotage::LosesDeletes);
 }

@@ -23,16 +23,24 @@
 //!
 //! - Our own edge tells what it holds ([`skerry_protocol::digest`]). Until then, at most [`DIGEST_WAIT`], nothing is
 //!   pushed; then only differences are, deletes included, and the response to the digest when all that differed is
-//!   acknowledged.
+//!   acknowledged. What it disputes differs in any case: it will not take that otherwise.
 //! - A KubeEdge edge tells nothing. What it acknowledged is kept in ObjectSync objects ([`crate::objectsync`]), by this
 //!   process and by those before it, KubeEdge's CloudCore among them; what is newer or gone goes out. Its own Node goes
 //!   out in any case: an edge that lost its store could not register otherwise. Its devices are told once more as a
 //!   list, because word of a device that joined or left is never acknowledged.
+//! - Before anything goes to an edge that has told nothing, its pods are read from the API: another CloudCore may have
+//!   taken one away, and written so, and neither watch has shown it yet. It would run again what had ended. Our own edge
+//!   remembers what was deleted.
 //! - What a node holds is not judged by a watch that lags behind: another CloudCore, which the node has left, may have
 //!   been further. When a node names an object in a newer version than the watch has shown, or one that the watch has
 //!   never got to, that object (all pods of the node, if it is one) is read from the API first. What is then older or
 //!   absent is so in the cluster, which may have been restored from a backup. What the watch tells later of the time
-//!   before the read is left out.
+//!   before the read is left out. Until the answer nothing about that object, or about any pod of the node, goes out:
+//!   the watch may still show the predecessor of the pod that the node runs.
+//! - Two versions of an object are the same to a node when nothing that matters changed between them. Of a version that
+//!   this process has sent it knows that; one that a node tells, or a record, may be of a time that the cluster has
+//!   lost since, and is the same only if the watch or a read has shown that very version with that content
+//!   ([`version`]).
 //! - While a watch reads a list again, new connections wait for it. The list counts also where it shows what is older
 //!   than what was known when it was begun ([`listing`]): the cluster went back. Connected nodes of ours are cut then,
 //!   because they take an older version only in answer to a digest.
@@ -168,8 +176,8 @@ pub enum Input {
         dropped: bool,
     },
     /// An application on a node watches this object. A node that is not connected gets nothing: the watches are
-    /// somebody else's, and that owner gives everything again when the node is back. What the node gets anyway, or has
-    /// acknowledged in this version, is not sent.
+    /// somebody else's, and that owner gives everything again when the node is back. What the node gets anyway, has
+    /// acknowledged in this version, or tells to hold in this version, is not sent.
     Pushed {
         /// The node's name.
         node: String,
@@ -292,8 +300,8 @@ pub struct Downstream {
     /// The highest resource version that a watch or a read has shown.
     newest: BTreeMap<Kind, u64>,
     unavailable: BTreeSet<Kind>,
-    /// Nodes whose pods are being listed, with the pods deleted meanwhile; that list may still show them.
-    relisting: BTreeMap<Arc<str>, BTreeSet<(Key, Arc<str>)>>,
+    /// Nodes whose pods are being listed.
+    relisting: BTreeMap<Arc<str>, Relisting>,
     /// Reads of one object that are under way; only the answer to the last one is sure to be new enough.
     fetching: BTreeMap<Key, u32>,
     /// Objects that a read did not find, with its version, until the watch of the kind is as far: one that lags behind
@@ -311,6 +319,17 @@ pub struct Downstream {
     syncs: Syncs,
     now: Option<Instant>,
     now_ms: i64,
+}
+
+/// Reads of the pods of one node that are under way. Only when all are answered has one been answered that began after
+/// the last word that made them necessary.
+#[derive(Debug, Default)]
+struct Relisting {
+    reads: u32,
+    /// The newest answer so far.
+    newest: u64,
+    /// Pods deleted meanwhile, which an answer may still show.
+    deleted: BTreeSet<(Key, Arc<str>)>,
 }
 
 /// A pod or a device.
@@ -384,6 +403,23 @@ struct Known {
     uid: Arc<str>,
     /// `None` when it holds some version, or may hold it: the next comparison sends the object.
     resource_version: Option<Arc<str>>,
+    /// The node or a record says so; this process has not sent it, or the cluster has gone back since.
+    is_told: bool,
+}
+
+impl Known {
+    /// Some version, nobody knows which.
+    fn some(uid: Arc<str>) -> Self {
+        Self { uid, resource_version: None, is_told: false }
+    }
+
+    fn is_same_as(&self, version: &Version) -> bool {
+        self.uid == version.uid
+            && self.resource_version.as_deref().is_some_and(|held| match self.is_told {
+                true => version.is_exactly(held),
+                false => version.is_same_as(held),
+            })
+    }
 }
 
 enum Wanted<'a> {
@@ -662,8 +698,8 @@ impl Downstream {
                 let uid = uid.or_else(|| Some(Arc::clone(&self.placed.get(key)?.version.uid)));
                 // Without a uid whatever the list shows under this name is in doubt; the watch will tell.
                 let uid = uid.unwrap_or_default();
-                for deleted in self.relisting.values_mut() {
-                    deleted.insert((key.clone(), Arc::clone(&uid)));
+                for relisting in self.relisting.values_mut() {
+                    relisting.deleted.insert((key.clone(), Arc::clone(&uid)));
                 }
                 if self.placed.get(key).is_some_and(|placed| !is_other(&placed.version)) {
                     let last = last.and_then(|last| Version::read(key.kind(), last, None));
@@ -862,24 +898,60 @@ impl Downstream {
         }
     }
 
+    /// Asks for the pods of a node as they are now. A read that is under way may be of a moment ago.
     fn relist(&mut self, name: &Arc<str>) {
-        if !self.relisting.contains_key(name) {
-            self.relisting.insert(Arc::clone(name), BTreeSet::new());
-            self.outputs.push_back(Output::Relist(name.as_ref().to_owned()));
+        let outputs = &self.outputs;
+        let is_next = |output: &Output| matches!(output, Output::Relist(of) if **of == **name);
+        let relisting = self.relisting.entry(Arc::clone(name)).or_default();
+        if relisting.reads > 0 && outputs.iter().any(is_next) {
+            return;
         }
+        relisting.reads += 1;
+        self.outputs.push_back(Output::Relist(name.as_ref().to_owned()));
     }
 
     fn relisted(&mut self, name: &str, pods: Vec<Value>, at: Option<u64>) {
-        let Some(deleted) = self.relisting.remove(name) else { return };
+        let Some(relisting) = self.relisting.get_mut(name) else { return };
+        let version =
+            |pod: &Value| number(pod["metadata"]["resourceVersion"].as_str().unwrap_or_default());
+        let at = at.or_else(|| pods.iter().filter_map(version).max()).unwrap_or(0);
+        relisting.reads -= 1;
+        let is_last = relisting.reads == 0;
+        let is_overtaken = at < relisting.newest;
+        relisting.newest = relisting.newest.max(at);
+        if !is_overtaken {
+            let deleted = relisting.deleted.clone();
+            self.take_pods(name, pods, at, &deleted);
+        }
+        if !is_last {
+            return;
+        }
+        self.relisting.remove(name);
+        // Everything that waited for this list, and then a connection that did.
+        let name = self.intern_node(name);
+        let node = self.nodes.get(&name).into_iter();
+        let keys = node.flat_map(|node| node.known.keys().chain(&node.placed));
+        for key in keys.filter(|key| key.kind() == Kind::Pod).cloned().collect::<Vec<_>>() {
+            self.mark(&name, &key);
+        }
+        self.end_list_wait();
+    }
+
+    /// Takes a list of the pods of a node, read at version `at`.
+    fn take_pods(
+        &mut self,
+        name: &str,
+        pods: Vec<Value>,
+        at: u64,
+        deleted: &BTreeSet<(Key, Arc<str>)>,
+    ) {
         let mut listed = BTreeSet::new();
-        let mut newest = 0;
         for pod in pods {
             if pod["spec"]["nodeName"] != name {
                 continue;
             }
             let Some(key) = Key::of_object(Kind::Pod, &pod) else { continue };
             let text = |field: &str| pod["metadata"][field].as_str().unwrap_or_default();
-            newest = newest.max(number(text("resourceVersion")).unwrap_or(0));
             let is_deleted = |uid: &str| deleted.contains(&(key.clone(), uid.into()));
             if is_deleted(text("uid")) || is_deleted("") {
                 continue;
@@ -887,7 +959,6 @@ impl Downstream {
             listed.insert(key.clone());
             self.change_placed(key, pod);
         }
-        let at = at.unwrap_or(newest);
         self.show(Kind::Pod, at);
         if let Some(node) = self.nodes.get_mut(name) {
             node.read_at = at;
@@ -902,13 +973,6 @@ impl Downstream {
                 self.displace(&key, None);
             }
         }
-        // What records told meanwhile, and a connection that waited for this list.
-        let name = self.intern_node(name);
-        let known = self.nodes.get(&name).into_iter().flat_map(|node| node.known.keys());
-        for key in known.filter(|key| key.kind() == Kind::Pod).cloned().collect::<Vec<_>>() {
-            self.mark(&name, &key);
-        }
-        self.end_list_wait();
     }
 
     /// Drops the pods of a node that is no edge node.

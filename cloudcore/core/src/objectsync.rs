@@ -19,6 +19,10 @@
 //!    another CloudCore. A list counts whatever its versions are: the cluster may have been restored from a backup.
 //! 5. A word of another CloudCore cancels what this one wanted of that record. The caller then doubts what it believed
 //!    of the object and sends it once more; only the acknowledgement of that is written.
+//! 6. A CloudCore whose watches lag may have sent an older version than the record of another says, or have taken the
+//!    object away. It finds that out late: its own write is refused, or it hears of the other's when its connection with
+//!    the node has ended. Until it has written something of that record again, it takes every such word back to `"0"`
+//!    ([`Syncs::mend`]), so that whoever serves the node sends the object once more.
 //!
 //! [`Syncs`] holds, per record, what the cluster has and what it should have. Only the newest wish counts: ten
 //! acknowledgements of one object are one write when they come faster than the API answers. At most [`WRITES_MAX`]
@@ -204,8 +208,20 @@ struct Record {
     /// The wish that is being written.
     writing: Option<Writing>,
     is_queued: bool,
-    /// A message about the object was lost, so that this process, and only this one, knows less than the record says.
+    /// The record went back with its cluster, and the node may hold more than it says.
     is_doubted: bool,
+    /// What this process did last to the object on the node, and no record says: nobody acknowledged it, or the write was
+    /// cancelled. So this process, and only this one, knows less than the record says.
+    unsure: Option<Sent>,
+}
+
+/// What a message did to an object on a node, if it arrived.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Sent {
+    /// The node has this version.
+    Version(Arc<str>),
+    /// The node has the object no longer.
+    Delete,
 }
 
 #[derive(Debug)]
@@ -255,6 +271,7 @@ impl Record {
             writing: None,
             is_queued: false,
             is_doubted: false,
+            unsure: None,
         }
     }
 
@@ -299,9 +316,35 @@ impl Record {
             return false;
         }
         self.stored = stored;
-        self.wish = Wish::None;
+        let wish = std::mem::replace(&mut self.wish, Wish::None);
+        self.give_up(wish);
         self.is_doubted = false;
         true
+    }
+
+    /// A wish will not be written, because another CloudCore has written.
+    fn give_up(&mut self, wish: Wish) {
+        match wish {
+            Wish::Hold(version) if *version != *NEVER_ACKED => {
+                self.unsure = Some(Sent::Version(version));
+            }
+            Wish::Remove => self.unsure = Some(Sent::Delete),
+            Wish::Hold(_) | Wish::None => {}
+        }
+    }
+
+    /// Whether the cluster's word says more than the node may have after what this process has done.
+    fn is_untrue(&self) -> bool {
+        match (&self.unsure, &self.stored) {
+            (None, _) | (_, Stored::Bare) | (Some(Sent::Delete), Stored::Absent) => false,
+            (Some(Sent::Version(_)), Stored::Absent) => true,
+            (_, Stored::Version(stored)) if **stored == *NEVER_ACKED => false,
+            (Some(Sent::Delete), Stored::Version(_)) => true,
+            (Some(Sent::Version(sent)), Stored::Version(stored)) => {
+                let numbers = number(sent).zip(number(stored));
+                sent != stored && !numbers.is_some_and(|(sent, stored)| sent >= stored)
+            }
+        }
     }
 }
 
@@ -342,7 +385,8 @@ impl Syncs {
     ) -> impl Iterator<Item = (&SyncId, &SyncSpec, Option<&Arc<str>>)> {
         let records = self.nodes.get(node).into_iter().flatten();
         records.filter_map(|(id, record)| {
-            let version = record.held()?.filter(|_| !record.is_doubted);
+            let is_believed = !record.is_doubted && record.unsure.is_none();
+            let version = record.held()?.filter(|_| is_believed);
             Some((id, &record.spec, version))
         })
     }
@@ -423,6 +467,7 @@ impl Syncs {
         let records = self.nodes.entry(Arc::clone(node)).or_default();
         let record = records.entry(id.clone()).or_insert_with(|| Record::absent(spec()));
         record.is_doubted = false;
+        record.unsure = None;
         record.hold(Arc::clone(version));
         self.schedule(node, id, false);
     }
@@ -433,9 +478,19 @@ impl Syncs {
     }
 
     /// A message about this object was lost with its connection; what `node` holds of it is not known here.
-    pub fn doubt(&mut self, node: &str, id: &SyncId) {
+    pub fn doubt(&mut self, node: &str, id: &SyncId, sent: Sent) {
         if let Some(record) = self.record(node, id) {
-            record.is_doubted = true;
+            record.unsure = Some(sent);
+        }
+    }
+
+    /// Takes a record back to `"0"` that says more than `node` may have since this process sent something, or creates it.
+    pub fn mend(&mut self, node: &Arc<str>, id: &SyncId) {
+        let is_available = self.is_available();
+        let Some(record) = self.record(node, id).filter(|_| is_available) else { return };
+        if record.is_untrue() && record.wish == Wish::None && record.writing.is_none() {
+            record.hold(NEVER_ACKED.into());
+            self.schedule(node, id, false);
         }
     }
 
@@ -682,10 +737,12 @@ impl Syncs {
                         }
                     }
                 }
+                record.unsure = None;
                 self.writes += 1;
                 self.pause = None;
             }
             Outcome::Found { version, at } => {
+                record.give_up(wish);
                 let is_older = heard.as_ref().is_some_and(|(of, _)| *of != 0 && *of < at);
                 if heard.is_none() || is_older {
                     heard = Some((at, Stored::new(version)));
@@ -693,7 +750,9 @@ impl Syncs {
             }
             // What another CloudCore wrote is on its way here, or has been heard.
             Outcome::Conflict => {
-                record.wish = Wish::None;
+                let next = std::mem::replace(&mut record.wish, Wish::None);
+                record.give_up(wish);
+                record.give_up(next);
                 is_news = heard.is_some();
             }
             Outcome::Refused => {
@@ -828,7 +887,7 @@ mod tests {
         assert_eq!(held(&syncs), [("u", Some("7")), ("v", None)]);
         assert!(syncs.is_acked("edge.lisbon", &id("u"), "7"));
         assert!(!syncs.is_acked("edge.lisbon", &id("u"), "8"));
-        syncs.doubt("edge.lisbon", &id("u"));
+        syncs.doubt("edge.lisbon", &id("u"), Sent::Version("9".into()));
         assert_eq!(held(&syncs), [("u", None), ("v", None)]);
     }
 
@@ -878,6 +937,81 @@ mod tests {
             assert!(syncs.poll_write(now).is_none());
             assert_eq!(held(&syncs), [("u", None)]);
         }
+    }
+
+    /// The next write, without what it is about.
+    fn action(syncs: &mut Syncs) -> Option<(Action, u64)> {
+        syncs.poll_write(Instant::now()).map(|write| (write.action, write.at))
+    }
+
+    #[test]
+    fn record_that_says_more_than_the_node_has_since_an_own_message_goes_back() {
+        let now = Instant::now();
+        let zero = |at| Some((Action::Status("0".into()), at));
+        // The write comes too late: another has made the node hold 9 before this one gave it 7 again.
+        for is_refused in [true, false] {
+            let mut syncs = available();
+            seen(&mut syncs, "u", Some("3"), 1);
+            syncs.acked(&node(), &id("u"), spec, &"7".into());
+            if is_refused {
+                syncs.poll_write(now).expect("a write");
+                written(&mut syncs, "u", Outcome::Conflict, now);
+            }
+            assert!(seen(&mut syncs, "u", Some("7"), 2));
+            syncs.mend(&node(), &id("u"));
+            assert_eq!(action(&mut syncs), None, "that is true");
+            assert!(seen(&mut syncs, "u", Some("9"), 3));
+            assert_eq!(held(&syncs), [("u", None)]);
+            syncs.mend(&node(), &id("u"));
+            assert_eq!(action(&mut syncs), zero(3));
+            // Another word came first; the next attempt is about that one.
+            assert!(!seen(&mut syncs, "u", Some("11"), 4));
+            assert!(written(&mut syncs, "u", Outcome::Conflict, now));
+            syncs.mend(&node(), &id("u"));
+            assert_eq!(action(&mut syncs), zero(4));
+            written(&mut syncs, "u", Outcome::Done(5), now);
+            assert!(seen(&mut syncs, "u", Some("13"), 6));
+            syncs.mend(&node(), &id("u"));
+            assert_eq!(action(&mut syncs), None, "once is enough");
+        }
+    }
+
+    #[test]
+    fn message_that_was_lost_makes_the_record_of_another_go_back_too() {
+        for sent in [Sent::Version("7".into()), Sent::Delete] {
+            let mut syncs = available();
+            seen(&mut syncs, "u", Some("3"), 1);
+            syncs.doubt("edge.lisbon", &id("u"), sent.clone());
+            assert!(seen(&mut syncs, "u", Some("9"), 2));
+            syncs.mend(&node(), &id("u"));
+            assert_eq!(action(&mut syncs), Some((Action::Status("0".into()), 2)), "{sent:?}");
+        }
+        // What may be on the node needs a record, and what was taken away does not.
+        for (sent, expected) in [
+            (Sent::Version("7".into()), Some((Action::Create("0".into()), 0))),
+            (Sent::Delete, None),
+        ] {
+            let mut syncs = available();
+            seen(&mut syncs, "u", Some("3"), 1);
+            syncs.doubt("edge.lisbon", &id("u"), sent);
+            assert!(gone(&mut syncs, "u", 2));
+            syncs.mend(&node(), &id("u"));
+            assert_eq!(action(&mut syncs), expected);
+        }
+    }
+
+    #[test]
+    fn acknowledgement_after_a_lost_message_settles_it() {
+        let mut syncs = available();
+        seen(&mut syncs, "u", Some("3"), 1);
+        syncs.doubt("edge.lisbon", &id("u"), Sent::Version("7".into()));
+        syncs.acked(&node(), &id("u"), spec, &"7".into());
+        let now = Instant::now();
+        assert_eq!(action(&mut syncs), Some((Action::Status("7".into()), 1)));
+        written(&mut syncs, "u", Outcome::Done(2), now);
+        assert!(seen(&mut syncs, "u", Some("9"), 3));
+        syncs.mend(&node(), &id("u"));
+        assert_eq!(action(&mut syncs), None);
     }
 
     #[test]

@@ -490,7 +490,7 @@ impl World {
         let edge = self.edges.get_mut(name).expect("an edge");
         let mut link = Link { session, down: VecDeque::new(), up: VecDeque::new() };
         if ours {
-            let held = Digest { objects: edge.stored.clone() };
+            let held = Digest { objects: edge.stored.clone(), ..Digest::default() };
             let source = "metamanager";
             link.up.push_back(Message::new(
                 0,

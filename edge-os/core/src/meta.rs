@@ -7,6 +7,24 @@
 //! Guarantees, per object: in order, once, and never back after a delete. The rows themselves live in the store;
 //! only identities are kept here.
 //!
+//! # When the cluster goes back
+//!
+//! A version that is older than the held one, or than a delete, is late word as a rule: of a hub whose watch lags, or
+//! of a message that was written twice. After the cluster was restored from a backup it is the truth. Only the API can
+//! tell the two apart, and a hub asks it when a digest names a newer version than its watch has shown
+//! (`cloudcore/core/src/downstream.rs`). So:
+//!
+//! 1. What is refused for its version is in dispute, unless it says the same as what is held.
+//! 2. A dispute that no later word of the hub has ended within [`DISPUTE_WAIT`] needs another digest
+//!    ([`Meta::digest_due`]), and the caller opens a new connection for it: on the old one more late word may be on
+//!    its way.
+//! 3. That digest names what is in dispute. What comes in answer is believed, be it older than what is held and was
+//!    named, or than a delete that was in dispute; what became newer since is not touched.
+//! 4. What has come back is held like anything else, and its delete is forgotten.
+//! 5. A pod that had been told to end and comes back without an end begins anew: it is removed and run again.
+//!
+//! A cloud that takes no digest, KubeEdge's, cannot be asked; what it gives below a delete stays refused.
+//!
 //! Every kind of object is stored: those that this agent acts on, those that parts still to come will, and whatever the
 //! node's own API watches. Who sent it matters only for foreign pods and nodes, which are stored when they were watched
 //! and refused otherwise; all else is decided by type, because a hub replays some kinds under another sender.
@@ -25,6 +43,7 @@ use skerry_protocol::resource::CLUSTER_SCOPE;
 use skerry_protocol::{Message, Operation, ResourcePath};
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::time::{Duration, Instant};
 
 /// Objects held at most; a node runs about a hundred pods, so this is reached only by a hub gone wrong.
 pub const OBJECTS_MAX: usize = 10_000;
@@ -33,6 +52,11 @@ pub const TOMBSTONES_MAX: usize = 512;
 
 /// Objects of one kind held at most, so that a watch of a large cluster leaves room for what the node needs.
 pub const KIND_OBJECTS_MAX: usize = 5_000;
+
+/// Objects in dispute at most; what is refused beyond that is in dispute when it is refused again.
+pub const DISPUTES_MAX: usize = 512;
+/// How long the hub has to end a dispute by itself: as long as a watch lags and a message is under way.
+pub const DISPUTE_WAIT: Duration = Duration::from_secs(20);
 
 /// Types that are no objects but requests and reports about some, and events, which nobody reads on a node.
 const UNSTORED_KINDS: [&str; 10] = [
@@ -57,6 +81,9 @@ const UNNAMED_TYPES: [(&str, &str, &str); 7] = [
     ("persistentvolumeclaim", "v1", "PersistentVolumeClaim"),
     ("volumeattachment", "storage.k8s.io/v1", "VolumeAttachment"),
 ];
+/// Types of what the hub gives because the node needs it.
+const PLACED_KINDS: [&str; 7] =
+    ["node", "configmap", "secret", "pod", "devicemodel", "device", "serviceaccountaccess"];
 /// Who pushes what the node's own API watches.
 const WATCH_SOURCE: &str = "dynamiccontroller";
 /// Volume requests of the cloud's CSI driver.
@@ -92,7 +119,7 @@ pub struct Tombstone {
 /// A change of the store; has to be durable before the step is committed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Write {
-    /// Insert or replace.
+    /// Insert or replace; a delete of the same object that is remembered is to be forgotten.
     Put(Row),
     /// Remove the row of this path, if there is one, and remember the delete.
     Remove {
@@ -148,7 +175,18 @@ pub struct Step {
     pub write: Option<Write>,
     ack: Option<Message>,
     entry: Option<(String, Option<Entry>)>,
+    dispute: Option<(String, Option<Dispute>)>,
     effects: Vec<Effect>,
+}
+
+/// The hub has sent an object in a version that was refused, and has not said anything else of it since.
+#[derive(Debug, Clone)]
+struct Dispute {
+    /// What is held, or what was deleted and in which version at least it may come back.
+    held: Held,
+    since: Instant,
+    /// It was in the digest that the hub answers now.
+    told: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -156,8 +194,13 @@ struct Entry {
     held: Held,
     /// Whether it is this node's business: not a pod or Node of another node that is only watched.
     own: bool,
+    /// The hub gave it because an application watches it. After a restart nobody remembers; then only what is never
+    /// given otherwise counts as that.
+    watched: bool,
     /// The hub was told of this very version in the digest that it answers now.
     told: bool,
+    /// A pod that was told to end.
+    ending: bool,
     /// Of what a user or controller writes: metadata and spec, or data. Not of status and version.
     desired: u64,
 }
@@ -170,6 +213,8 @@ pub struct Meta {
     /// Number of entries by kind.
     counts: BTreeMap<String, usize>,
     tombstones: VecDeque<Tombstone>,
+    /// By path; at most [`DISPUTES_MAX`].
+    disputes: BTreeMap<String, Dispute>,
     resyncing: bool,
 }
 
@@ -185,6 +230,7 @@ impl Meta {
             entries: BTreeMap::new(),
             counts: BTreeMap::new(),
             tombstones: tombstones.into_iter().collect(),
+            disputes: BTreeMap::new(),
             resyncing: false,
         };
         let mut effects = Vec::new();
@@ -199,7 +245,9 @@ impl Meta {
             };
             let own = is_own(node, &path, &value);
             let held = Held { uid: row.uid, rv: row.rv };
-            let entry = Entry { held, own, told: false, desired: desired_digest(&value) };
+            let (ending, desired) = (is_ending(&value), desired_digest(&value));
+            let watched = !own || !PLACED_KINDS.contains(&path.kind());
+            let entry = Entry { held, own, watched, told: false, ending, desired };
             match path.kind() {
                 "pod" if own => match serde_json::from_value(value) {
                     Ok(pod) => effects.push(Effect::PodUpsert(Box::new(pod))),
@@ -253,23 +301,39 @@ impl Meta {
         }
     }
 
-    /// What to tell the hub after the link is up: every kind, since only the hub knows which it keeps. Until [`Self::digest_answered`] the hub is believed also when it
-    /// sends an older version: the cluster may have been restored from a backup.
+    /// What to tell the hub after the link is up: every kind, since only the hub knows which it keeps, and what is in
+    /// dispute. Until [`Self::digest_answered`] the hub is believed also when it sends an older version of that.
     pub fn start_digest(&mut self) -> Digest {
         self.resyncing = true;
         self.entries.values_mut().for_each(|entry| entry.told = true);
-        let objects = self
-            .entries
-            .iter()
-            .filter(|(_, entry)| entry.own)
-            .map(|(path, entry)| (path.clone(), entry.held.clone()))
-            .collect();
-        Digest { objects }
+        self.disputes.values_mut().for_each(|dispute| dispute.told = true);
+        let held = |(path, entry): (&String, &Entry)| (path.clone(), entry.held.clone());
+        let (watched, placed): (Vec<_>, Vec<_>) =
+            self.entries.iter().partition(|(_, entry)| entry.watched);
+        let disputes = self.disputes.iter().map(|(path, of)| (path.clone(), of.held.clone()));
+        Digest {
+            objects: placed.into_iter().map(held).collect(),
+            watched: watched.into_iter().map(held).collect(),
+            disputed: disputes.collect(),
+        }
     }
 
-    /// The hub has sent every difference, or the link is gone.
+    /// The hub has sent every difference; what it was asked about is settled.
     pub fn digest_answered(&mut self) {
+        if std::mem::take(&mut self.resyncing) {
+            self.disputes.retain(|_, dispute| !dispute.told);
+        }
+    }
+
+    /// The link is gone, or is one to a hub that takes no digest.
+    pub fn link_lost(&mut self) {
         self.resyncing = false;
+    }
+
+    /// When the hub has to be asked what is true, over a new connection.
+    pub fn digest_due(&self) -> Option<Instant> {
+        let since = self.disputes.values().map(|dispute| dispute.since).min();
+        since.filter(|_| !self.resyncing).map(|since| since + DISPUTE_WAIT)
     }
 
     /// Decides about a message without parent, of any group.
@@ -302,7 +366,7 @@ impl Meta {
             return only(Effect::HandOn(Box::new(message.clone())));
         }
         let mut step = self
-            .decide_push(message)
+            .decide_push(now.mono, message)
             .unwrap_or_else(|reason| only(ignored(&route.resource, &reason)));
         step.ack = Some(message.ack(now.unix_ms()));
         step
@@ -313,7 +377,8 @@ impl Meta {
         let step = match path.kind() {
             // A status patch returns the pod: the row is brought up to date, but an answer never creates or replaces.
             "pod" if self.uid_at(path) != uid_of(&object) => Ok(Step::default()),
-            _ => self.decide_put(path, object, false),
+            // Who asked knows how old the answer may be, so a refused one is not in dispute.
+            _ => self.decide_put(None, path, object, false),
         };
         step.unwrap_or_else(|reason| Step {
             effects: vec![ignored(&path.to_string(), &reason)],
@@ -330,15 +395,27 @@ impl Meta {
                 self.tombstones.pop_front();
             }
         }
+        match step.dispute {
+            Some((path, Some(dispute))) => {
+                if self.disputes.len() < DISPUTES_MAX || self.disputes.contains_key(&path) {
+                    self.disputes.insert(path, dispute);
+                }
+            }
+            Some((path, None)) => drop(self.disputes.remove(&path)),
+            None => {}
+        }
         match step.entry {
-            Some((path, Some(entry))) => self.insert(path, entry),
+            Some((path, Some(entry))) => {
+                self.tombstones.retain(|tombstone| tombstone.uid != entry.held.uid);
+                self.insert(path, entry);
+            }
             Some((path, None)) => self.remove(&path),
             None => {}
         }
         (step.ack, step.effects)
     }
 
-    fn decide_push(&self, message: &Message) -> Result<Step, String> {
+    fn decide_push(&self, now: Instant, message: &Message) -> Result<Step, String> {
         let path: ResourcePath =
             message.route.resource.parse().map_err(|error| format!("{error}"))?;
         if path.name().is_none() {
@@ -347,7 +424,9 @@ impl Meta {
         match message.operation() {
             Some(Operation::Insert | Operation::Update) => {
                 let object = message.content_as().map_err(|error| error.to_string())?;
-                self.decide_put(&path, object, message.route.source == WATCH_SOURCE)
+                let watched = message.route.source == WATCH_SOURCE;
+                // What an application watches the hub tells from its own memory, and every digest makes it tell all.
+                self.decide_put((!watched).then_some(now), &path, object, watched)
             }
             Some(Operation::Delete) => {
                 Ok(self.decide_delete(&path, &message.content_as().unwrap_or(Value::Null)))
@@ -356,8 +435,10 @@ impl Meta {
         }
     }
 
+    /// `now` for what the hub pushed, which may have to be disputed.
     fn decide_put(
         &self,
+        now: Option<Instant>,
         path: &ResourcePath,
         mut object: Value,
         watched: bool,
@@ -400,19 +481,39 @@ impl Meta {
         {
             return Err(format!("{KIND_OBJECTS_MAX} objects of type `{kind}` are held already"));
         }
+        let dispute = self.disputes.get(&key).filter(|dispute| dispute.held.uid == uid);
+        let refused = |reason: String, held: Held| {
+            let since = dispute.map(|dispute| dispute.since).or(now);
+            let disputed = since.map(|since| Dispute { held, since, told: false });
+            Step {
+                effects: vec![ignored(&key, &reason)],
+                dispute: disputed.map(|disputed| (key.clone(), Some(disputed))),
+                ..Step::default()
+            }
+        };
+        let is_asked = self.resyncing && dispute.is_some_and(|dispute| dispute.told);
         if let (Some(tombstone), Ok(version)) =
             (self.tombstones.iter().find(|tombstone| tombstone.uid == uid), rv.parse::<u64>())
             && version < tombstone.version_min
+            && !is_asked
         {
-            return Err(format!("version {rv} of an object that was deleted since"));
+            let reason = format!("version {rv} of an object that was deleted since");
+            return Ok(refused(reason, Held { uid, rv: tombstone.version_min.to_string() }));
         }
+        let desired = desired_digest(&object);
+        let settled = dispute.map(|_| (key.clone(), None));
         if let Some(known) = known.filter(|known| known.held.uid == uid) {
             if known.held.rv == rv {
-                return Ok(Step::default()); // a repeated message
+                return Ok(Step { dispute: settled, ..Step::default() }); // a repeated message
             }
             // What came since the digest is newer than what the hub makes of it.
             if !(self.resyncing && known.told) && is_older(&rv, &known.held.rv) {
-                return Err(format!("version {rv} is older than {} held here", known.held.rv));
+                let reason = format!("version {rv} is older than {} held here", known.held.rv);
+                if known.desired == desired {
+                    let effects = vec![ignored(&key, &reason)];
+                    return Ok(Step { effects, dispute: settled, ..Step::default() });
+                }
+                return Ok(refused(reason, known.held.clone()));
             }
         }
 
@@ -421,11 +522,13 @@ impl Meta {
         }
         name_type(kind, &mut object);
         let mut effects = Vec::new();
-        let desired = desired_digest(&object);
+        let ending = is_ending(&object);
         let changed = known.is_none_or(|known| known.held.uid != uid || known.desired != desired);
         match kind {
             "pod" if own => {
-                if let Some(old) = known.filter(|known| known.own && known.held.uid != uid) {
+                let begins_anew =
+                    |known: &&Entry| known.held.uid != uid || (known.ending && !ending);
+                if let Some(old) = known.filter(|known| known.own).filter(begins_anew) {
                     effects.push(pod_remove(path, old.held.uid.clone()));
                 }
                 let pod: Pod =
@@ -452,8 +555,13 @@ impl Meta {
                 Row { path: key.clone(), kind: kind.into(), uid, rv, json: object.to_string() };
             Write::Put(row)
         });
-        let entry = Entry { held, own, told: false, desired };
-        Ok(Step { write, ack: None, entry: Some((key, Some(entry))), effects })
+        // An answer says nothing of why the node has it.
+        let watched = match now {
+            None if !watched => known.is_some_and(|known| known.watched),
+            _ => watched,
+        };
+        let entry = Entry { held, own, watched, told: false, ending, desired };
+        Ok(Step { write, ack: None, entry: Some((key, Some(entry))), dispute: settled, effects })
     }
 
     fn decide_delete(&self, path: &ResourcePath, object: &Value) -> Step {
@@ -464,6 +572,9 @@ impl Meta {
             "pod" => named.is_none_or(|uid| known.held.uid == uid),
             _ => true,
         });
+        let dispute = self.disputes.get(&key);
+        let dispute = dispute.filter(|dispute| named.is_none_or(|uid| dispute.held.uid == uid));
+        let dispute = dispute.map(|_| (key.clone(), None));
         let version = text(object, "/metadata/resourceVersion").parse::<u64>().ok();
         let uid = named.or(hits.map(|known| known.held.uid.as_str())).filter(|uid| !uid.is_empty());
         let tombstone = uid.map(|uid| {
@@ -485,7 +596,7 @@ impl Meta {
                 path: format!("{key}?"), // no row has this key: another uid lives at the path
                 tombstone: Some(tombstone),
             });
-            return Step { write, ..Step::default() };
+            return Step { write, dispute, ..Step::default() };
         };
         let effects = match path.kind() {
             "pod" | "node" if !hit.own => Vec::new(),
@@ -494,7 +605,7 @@ impl Meta {
             _ => vec![object_changed(path)],
         };
         let write = Some(Write::Remove { path: key.clone(), tombstone });
-        Step { write, ack: None, entry: Some((key, None)), effects }
+        Step { write, ack: None, entry: Some((key, None)), dispute, effects }
     }
 
     fn uid_at(&self, path: &ResourcePath) -> Option<&str> {
@@ -527,6 +638,11 @@ fn is_own(node: &str, path: &ResourcePath, object: &Value) -> bool {
         "node" => path.name() == Some(node),
         _ => true,
     }
+}
+
+/// Whether a pod was told to end.
+fn is_ending(object: &Value) -> bool {
+    object.pointer("/metadata/deletionTimestamp").is_some_and(|time| !time.is_null())
 }
 
 fn pod_remove(path: &ResourcePath, uid: String) -> Effect {
@@ -693,6 +809,119 @@ mod tests {
     }
 
     #[test]
+    fn pod_that_a_restored_cluster_has_again_is_asked_for_and_then_runs() {
+        let mut meta = empty();
+        let old = pod("web", "a", 5);
+        apply(&mut meta, Operation::Insert, "default/pod/web", &old);
+        apply(&mut meta, Operation::Delete, "default/pod/web", &pod("web", "a", 7));
+        let start = std::time::Instant::now();
+        assert_eq!(apply(&mut meta, Operation::Insert, "default/pod/web", &old), ["ignored"]);
+        let due = meta.digest_due().expect("only the API can tell whether that was late");
+        assert!(due >= start + DISPUTE_WAIT);
+        let digest = meta.start_digest();
+        let held = Held { uid: "a".into(), rv: "8".into() };
+        assert_eq!(digest.disputed, BTreeMap::from([("default/pod/web".to_owned(), held)]));
+        assert!(digest.objects.is_empty());
+        assert_eq!(meta.digest_due(), None, "the hub is at work on it");
+        assert_eq!(apply(&mut meta, Operation::Update, "default/pod/web", &old), ["run a"]);
+        meta.digest_answered();
+        assert_eq!((meta.digest_due(), meta.tombstones.len()), (None, 0));
+        let late = apply(&mut meta, Operation::Update, "default/pod/web", &pod("web", "a", 4));
+        assert_eq!(late, ["ignored"], "its version counts again");
+    }
+
+    #[test]
+    fn what_was_not_asked_for_does_not_come_back_in_answer_to_a_digest() {
+        let mut meta = empty();
+        apply(&mut meta, Operation::Insert, "default/pod/web", &pod("web", "a", 5));
+        apply(&mut meta, Operation::Delete, "default/pod/web", &pod("web", "a", 7));
+        meta.start_digest();
+        let late = apply(&mut meta, Operation::Insert, "default/pod/web", &pod("web", "a", 5));
+        assert_eq!(late, ["ignored"], "of a hub whose watch lags");
+        meta.digest_answered();
+        assert!(meta.digest_due().is_some());
+    }
+
+    #[test]
+    fn dispute_ends_with_the_next_word_that_settles_it() {
+        let label = |rv: u64, label: &str| {
+            let mut pod = pod("web", "a", rv);
+            pod["metadata"]["labels"] = json!({"l": label});
+            pod
+        };
+        let path = "default/pod/web";
+        for settling in [label(8, "new"), label(9, "newer"), label(7, "new")] {
+            let mut meta = empty();
+            apply(&mut meta, Operation::Insert, path, &label(8, "new"));
+            apply(&mut meta, Operation::Update, path, &label(6, "old"));
+            assert!(meta.digest_due().is_some(), "older, and it says something else");
+            apply(&mut meta, Operation::Update, path, &settling);
+            assert_eq!(meta.digest_due(), None);
+        }
+        let mut meta = empty();
+        apply(&mut meta, Operation::Insert, path, &label(8, "new"));
+        apply(&mut meta, Operation::Delete, path, &label(9, "new"));
+        apply(&mut meta, Operation::Update, path, &label(8, "new"));
+        assert!(meta.digest_due().is_some());
+        apply(&mut meta, Operation::Delete, path, &label(9, "new"));
+        assert_eq!(meta.digest_due(), None, "the hub has seen the end of it too");
+    }
+
+    #[test]
+    fn dispute_is_told_again_when_the_link_went_before_the_answer() {
+        let mut meta = empty();
+        apply(&mut meta, Operation::Insert, "default/pod/web", &pod("web", "a", 5));
+        apply(&mut meta, Operation::Delete, "default/pod/web", &pod("web", "a", 7));
+        apply(&mut meta, Operation::Insert, "default/pod/web", &pod("web", "a", 5));
+        let told = meta.start_digest();
+        meta.link_lost();
+        assert_eq!(meta.start_digest(), told);
+        meta.digest_answered();
+        assert!(meta.start_digest().disputed.is_empty());
+    }
+
+    #[test]
+    fn older_word_about_what_an_application_watches_is_not_in_dispute() {
+        let mut meta = empty();
+        for (rv, value) in [(5, "new"), (4, "old")] {
+            let mut message =
+                push(Operation::Update, "default/configmap/web", &configmap(rv, value));
+            message.route.source = WATCH_SOURCE.into();
+            let step = meta.handle_push(now(), &message);
+            meta.commit(step);
+        }
+        assert_eq!(meta.digest_due(), None);
+    }
+
+    #[test]
+    fn disputes_are_bounded() {
+        let mut meta = empty();
+        for n in 0..DISPUTES_MAX + 10 {
+            let (name, path) = (format!("c{n}"), format!("default/configmap/c{n}"));
+            let object = |rv: u64| {
+                let mut object = configmap(rv, &rv.to_string());
+                object["metadata"]["name"] = json!(name);
+                object
+            };
+            apply(&mut meta, Operation::Insert, &path, &object(5));
+            apply(&mut meta, Operation::Update, &path, &object(4));
+        }
+        assert_eq!(meta.disputes.len(), DISPUTES_MAX);
+    }
+
+    #[test]
+    fn pod_whose_end_a_restored_cluster_has_forgotten_begins_anew() {
+        let mut meta = empty();
+        apply(&mut meta, Operation::Insert, "default/pod/web", &pod("web", "a", 5));
+        let mut ending = pod("web", "a", 7);
+        ending["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+        assert_eq!(apply(&mut meta, Operation::Update, "default/pod/web", &ending), ["run a"]);
+        meta.start_digest();
+        let before = apply(&mut meta, Operation::Update, "default/pod/web", &pod("web", "a", 5));
+        assert_eq!(before, ["stop a", "run a"]);
+    }
+
+    #[test]
     fn status_echo_of_a_pod_is_stored_and_wakes_nobody() {
         let mut meta = empty();
         apply(&mut meta, Operation::Insert, "default/pod/web", &pod("web", "a", 5));
@@ -842,7 +1071,12 @@ mod tests {
             assert_eq!(ack.expect("an answer").content.get(), "\"OK\"", "{resource}");
             assert_eq!(effects, [format!("changed {kind} {name}")]);
         }
-        assert_eq!(meta.start_digest().objects.len(), meta.len());
+        let digest = meta.start_digest();
+        let watched: Vec<_> = digest.watched.keys().map(String::as_str).collect();
+        let expected =
+            ["default/endpointslice/web-x", "default/service/web", "null/namespace/default"];
+        assert_eq!(watched, expected);
+        assert_eq!(digest.objects.len() + watched.len(), meta.len());
         assert_eq!(meta.held("default/rule/up").map(|held| held.rv.as_str()), Some("x5"));
         let stub = json!({"metadata": {"name": "web", "namespace": "default", "uid": "u"}});
         let (ack, effects) =
@@ -850,6 +1084,24 @@ mod tests {
         assert!(ack.is_some());
         assert_eq!(effects, ["changed service web"]);
         assert!(meta.held("default/service/web").is_none());
+    }
+
+    #[test]
+    fn what_is_only_watched_is_told_apart_until_the_node_needs_it() {
+        let page = "default/configmap/web";
+        let mut meta = empty();
+        let told = |meta: &mut Meta| {
+            let digest = meta.start_digest();
+            (digest.objects.contains_key(page), digest.watched.contains_key(page))
+        };
+        let watch = ("dynamiccontroller", "resource");
+        send(&mut meta, watch, "insert", page, &configmap(5, "a"));
+        assert_eq!(told(&mut meta), (false, true));
+        let answer = meta.handle_answer(&page.parse().expect("path"), configmap(6, "b"));
+        meta.commit(answer);
+        assert_eq!(told(&mut meta), (false, true), "an answer does not say why");
+        send(&mut meta, ("edgecontroller", "resource"), "update", page, &configmap(7, "c"));
+        assert_eq!(told(&mut meta), (true, false));
     }
 
     #[test]
@@ -863,7 +1115,8 @@ mod tests {
             let (ack, effects) = send(&mut meta, watch, "insert", resource, object);
             assert!(ack.is_some() && effects.is_empty(), "{resource}: {effects:?}");
         }
-        assert_eq!((meta.len(), meta.start_digest().objects.len()), (2, 0));
+        let digest = meta.start_digest();
+        assert_eq!((meta.len(), digest.objects.len(), digest.watched.len()), (2, 0, 2));
         let row = Row {
             path: "default/pod/web".into(),
             kind: "pod".into(),

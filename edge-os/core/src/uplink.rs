@@ -108,6 +108,8 @@ pub struct Uplink {
     lookups: BTreeMap<Ticket, Lookup>,
     last_ticket: Ticket,
     digest: Option<(Digest, Option<(MessageId, Instant)>)>,
+    /// When another digest is due, for which the link has to be new.
+    digest_due: Option<Instant>,
     keepalive: Instant,
     outputs: VecDeque<Output>,
     random: Random,
@@ -183,6 +185,7 @@ impl Uplink {
             lookups: BTreeMap::new(),
             last_ticket: 0,
             digest: None,
+            digest_due: None,
             keepalive: now.mono,
             outputs: VecDeque::new(),
             node,
@@ -393,6 +396,12 @@ impl Uplink {
             self.lookups.insert(ticket, Lookup { path, content, id: None, deadline });
         }
         ticket
+    }
+
+    /// When the hub has to be told once more what this node holds ([`crate::meta::Meta::digest_due`]). That takes a new
+    /// link, and a hub that takes digests.
+    pub fn want_digest(&mut self, due: Option<Instant>) {
+        self.digest_due = due.filter(|_| self.connected && self.peer.digest);
     }
 
     /// Queues a message that answers the hub.
@@ -643,6 +652,10 @@ impl Uplink {
                 self.digest = None;
                 return Some(Output::Reconnect("the hub does not answer the digest"));
             }
+            if self.digest_due.take_if(|due| *due <= now.mono).is_some() {
+                let reason = "the hub says what another one, or its cluster before a restore, said otherwise";
+                return Some(Output::Reconnect(reason));
+            }
         }
         let overdue = self.lookups.iter().find(|(_, lookup)| lookup.deadline <= now.mono);
         if let Some(ticket) = overdue.map(|(ticket, _)| *ticket) {
@@ -669,6 +682,7 @@ impl Uplink {
         next = events.into_iter().chain(outbox).fold(next, Instant::min);
         if self.connected {
             next = next.min(self.reports.poll_timeout(now));
+            next = self.digest_due.map_or(next, |due| due.min(next));
             if self.peer.beat.is_none() {
                 next = next.min(self.keepalive);
             }

@@ -180,7 +180,7 @@ pub(super) fn edge(bytes: &[u8]) {
                 uplink.handle_connected(now, peer, digest);
             }
             1 => {
-                meta.digest_answered();
+                meta.link_lost();
                 uplink.handle_disconnected(now);
             }
             2 => now.mono += Duration::from_millis(1 << choices.below(18)),
@@ -267,6 +267,7 @@ pub(super) fn edge(bytes: &[u8]) {
             sent.push_front(message);
         }
         sent.truncate(KEPT_MAX);
+        uplink.want_digest(meta.digest_due());
         let _ = uplink.poll_timeout(now);
         check_edge(&meta, &rows, &tombstones);
     }
@@ -290,7 +291,10 @@ fn store(
     write: Option<&Stored>,
 ) {
     match write {
-        Some(Stored::Put(row)) => drop(rows.insert(row.path.clone(), row.clone())),
+        Some(Stored::Put(row)) => {
+            tombstones.retain(|known| known.uid != row.uid);
+            rows.insert(row.path.clone(), row.clone());
+        }
         Some(Stored::Remove { path, tombstone }) => {
             rows.remove(path);
             if let Some(tombstone) = tombstone {
@@ -363,7 +367,7 @@ impl Hub {
     fn step(&mut self, choices: &mut Choices, now: Instant) {
         let node = choices.one_of(&NODES).to_owned();
         let (path, token, name) = choices.path();
-        match choices.below(19) {
+        match choices.below(20) {
             0 => {
                 self.last_session += 1;
                 let session = self.last_session;
@@ -380,14 +384,18 @@ impl Hub {
             }
             2 | 3 => {
                 let session = self.session(choices);
-                let mut objects = BTreeMap::new();
+                let mut digest = Digest::default();
                 for _ in 0..choices.below(6) {
                     let (path, ..) = choices.path();
                     let path = if choices.below(12) == 0 { "//?".into() } else { path };
                     let uid = format!("u{}", choices.below(4));
-                    objects.insert(path, Held { uid, rv: choices.version() });
+                    let of = match choices.below(5) {
+                        0 => &mut digest.watched,
+                        1 => &mut digest.disputed,
+                        _ => &mut digest.objects,
+                    };
+                    of.insert(path, Held { uid, rv: choices.version() });
                 }
-                let digest = Digest { objects };
                 let request = Message::new(
                     0,
                     "metamanager",
@@ -506,6 +514,21 @@ impl Hub {
                 };
                 let word = Word::Written { node: write.node, id: write.id, outcome };
                 self.handle(Input::Sync(word), now);
+            }
+            19 => {
+                // A watch that breaks, and what its list shows; the end may come, late or never.
+                let kind = choices.kind();
+                self.handle(Input::Listing(kind), now);
+                let mut keys = BTreeSet::new();
+                for _ in 0..choices.below(4) {
+                    let name = choices.name();
+                    let object = choices.object(kind.token(), &name);
+                    keys.extend(Key::of_object(kind, &object));
+                    self.handle(Input::Changed(kind, object), now);
+                }
+                if choices.below(3) > 0 {
+                    self.handle(Input::Listed(kind, keys), now);
+                }
             }
             18 => {
                 let object = choices.object(token, &name);

@@ -71,18 +71,24 @@ impl Cluster {
         Backup { objects, syncs, version: self.version }
     }
 
-    /// Goes back to a backup, once. Pods that have ended since are ended again: nodes do not take them a second time.
+    /// Goes back to a backup, once. Pods that have ended since are there again.
     pub(super) fn restore(&mut self, backup: Backup) {
-        let lost = std::mem::replace(&mut self.objects, backup.objects);
+        self.objects = backup.objects;
         self.syncs = backup.syncs;
         self.version = backup.version + 1;
-        let again: Vec<Key> = self.objects.keys().cloned().collect();
-        let uid = |object: Option<&Value>| object.map(|object| object["metadata"]["uid"].clone());
-        for key in again.iter().filter(|key| key.kind() == Kind::Pod) {
-            if uid(self.objects.get(key)) != uid(lost.get(key)) {
-                self.delete(key);
-            }
-        }
+    }
+
+    /// Whether there is a pod of this uid.
+    pub(super) fn has_pod(&self, uid: &str) -> bool {
+        let is_pod =
+            |(key, pod): (&Key, &Value)| key.kind() == Kind::Pod && pod["metadata"]["uid"] == *uid;
+        self.objects.iter().any(is_pod)
+    }
+
+    /// Uids of all pods.
+    pub(super) fn pod_uids(&self) -> BTreeSet<String> {
+        let pods = self.objects.iter().filter(|(key, _)| key.kind() == Kind::Pod);
+        pods.filter_map(|(_, pod)| pod["metadata"]["uid"].as_str().map(str::to_owned)).collect()
     }
 
     pub(super) fn get(&self, key: &Key) -> Option<&Value> {

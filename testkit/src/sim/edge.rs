@@ -66,6 +66,10 @@ pub(super) struct Edge {
     pub(super) work: Vec<String>,
     /// Pods that were taken away; none may come back.
     gone: BTreeSet<String>,
+    /// Pods that a restored cluster has, which may come back until the node hears of an end that came after it.
+    revived: BTreeSet<String>,
+    /// Those of them that were taken away just now.
+    left: Vec<String>,
     /// Events that were durable.
     pub(super) owed: Vec<String>,
     /// Pushed and not durable yet.
@@ -95,6 +99,8 @@ impl Edge {
             life: 0,
             work: Vec::new(),
             gone: BTreeSet::new(),
+            revived: BTreeSet::new(),
+            left: Vec::new(),
             owed: Vec::new(),
             fresh: Vec::new(),
             statuses: BTreeMap::new(),
@@ -179,15 +185,30 @@ impl Edge {
         let Some(agent) = &mut self.agent else { return };
         let digest = capabilities.digest.then(|| agent.meta.start_digest());
         if digest.is_none() {
-            agent.meta.digest_answered();
+            agent.meta.link_lost();
         }
         agent.uplink.handle_connected(now, capabilities, digest);
     }
 
     pub(super) fn disconnected(&mut self, now: Now) {
         if let Some(agent) = &mut self.agent {
-            agent.meta.digest_answered();
+            agent.meta.link_lost();
             agent.uplink.handle_disconnected(now);
+        }
+    }
+
+    /// The cluster went back to `version` and has these pods now.
+    pub(super) fn restored(&mut self, version: u64, pods: BTreeSet<String>) {
+        self.disk.lost_from = Some(version);
+        self.gone.retain(|uid| !pods.contains(uid));
+        self.revived = pods;
+    }
+
+    /// Which of the pods that were taken away may not come back: those that the cluster does not have.
+    pub(super) fn settle_left(&mut self, has_pod: impl Fn(&str) -> bool) {
+        for uid in self.left.drain(..).filter(|uid| !has_pod(uid)) {
+            self.revived.remove(&uid);
+            self.gone.insert(uid);
         }
     }
 
@@ -220,7 +241,20 @@ impl Edge {
         if let Some(ack) = ack {
             agent.uplink.acknowledge(ack);
         }
-        for effect in effects {
+        let began_anew = |uid: &str| {
+            let mut pods = effects.iter().filter_map(|effect| match effect {
+                Effect::PodUpsert(pod) => pod.metadata.uid.as_deref(),
+                _ => None,
+            });
+            pods.any(|of| of == uid)
+        };
+        // KubeEdge's edge knows no such rule, and what a hub that lags sends may say that a pod does not end after all.
+        let left_out = |effect: &Effect| match effect {
+            Effect::PodRemove { uid, .. } => !self.ours && began_anew(uid),
+            _ => false,
+        };
+        let left_out: Vec<bool> = effects.iter().map(left_out).collect();
+        for (effect, _) in effects.into_iter().zip(left_out).filter(|(_, is_out)| !is_out) {
             self.take(now, effect)?;
         }
         Ok(true)
@@ -257,7 +291,11 @@ impl Edge {
                 agent.uplink.forget_pod(now, &uid);
                 self.containers.remove(&uid);
                 self.statuses.remove(&uid);
-                self.gone.insert(uid);
+                agent.applied.remove(&uid);
+                match self.revived.contains(&uid) {
+                    true => self.left.push(uid),
+                    false => drop(self.gone.insert(uid)),
+                }
             }
             Effect::OwnNode(node) => agent.uplink.handle_own_node(&node),
             Effect::OwnNodeGone => agent.uplink.handle_own_node_gone(),
@@ -314,6 +352,11 @@ impl Edge {
     /// Carries out what the uplink asks for, as the agent's loop does before it sleeps. At most `room` messages leave.
     pub(super) fn drain(&mut self, now: Now, room: usize) -> Result<Wants, Violation> {
         let mut wants = Wants::default();
+        if let Some(agent) = &mut self.agent
+            && self.sabotage != Sabotage::DisputesNothing
+        {
+            agent.uplink.want_digest(agent.meta.digest_due());
+        }
         while let Some(agent) = &mut self.agent {
             let Some(output) = agent.uplink.poll_output(now) else { break };
             match output {
@@ -390,15 +433,6 @@ impl Edge {
         self.agent.as_ref().map_or(usize::MAX, |agent| agent.uplink.outbox().len())
     }
 
-    /// Whether the node refuses this version of an object because it deleted a later one, in a time that the cluster
-    /// forgot when it was restored.
-    pub(super) fn refuses(&self, object: &Value) -> bool {
-        let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default();
-        let version = text("resourceVersion").parse::<u64>().unwrap_or(0);
-        let is_later = |stone: &Tombstone| stone.uid == text("uid") && stone.version_min > version;
-        self.disk.lost_from.is_some() && self.disk.tombstones.iter().any(is_later)
-    }
-
     /// Whether this version of an object, or its end, has ever been durable on this disk.
     pub(super) fn has_had(&self, path: &str, uid: &str, version: u64) -> bool {
         self.disk.removed.contains(uid)
@@ -432,6 +466,7 @@ impl Disk {
                 }
                 let durable = self.durable.entry(of).or_default();
                 *durable = version.max(*durable);
+                self.tombstones.retain(|known| known.uid != row.uid);
                 self.rows.insert(row.path.clone(), row.clone());
             }
             Write::Remove { path, tombstone } => {

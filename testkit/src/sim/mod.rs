@@ -7,8 +7,8 @@
 //! the faults stop, and everything has to come to rest.
 //!
 //! A cluster is restored only where all nodes are ours: what a KubeEdge node holds of the time that was lost is known to
-//! no hub that started after it. Known limit: a node refuses what comes back with the backup under the uid of something
-//! that it was told to delete since, until its version is higher than the deleted one.
+//! no hub that started after it. What it had lost and has again, pods that ended in the lost time among it, has to come
+//! back to the nodes too.
 //!
 //! Checked at every step: what a node acknowledged is on its disk; on nodes of ours versions of an object only grow
 //! (a KubeEdge node takes what comes, and a hub that lags cannot know what it has not acknowledged); nothing is given to
@@ -19,7 +19,7 @@ mod cluster;
 mod edge;
 mod hub;
 
-use cluster::{Backup, Cluster};
+use cluster::{Backup, Change, Cluster, SyncChange};
 use edge::Edge;
 use hub::{Hub, Task};
 use serde_json::{Value, json};
@@ -101,6 +101,8 @@ pub enum Sabotage {
     KeepsNoTombstones,
     /// The agent's disk keeps no outbox.
     KeepsNoOutbox,
+    /// The agent never asks whether what it refuses for its version is true.
+    DisputesNothing,
     /// The hub loses deletes, and believes that they were acknowledged.
     LosesDeletes,
     /// The hub reads from what its watch has shown, where it should ask the API.
@@ -233,6 +235,8 @@ struct Stream {
 
 struct World {
     aloud: bool,
+    /// How far the logs of the cluster have been printed.
+    told: (usize, usize),
     sabotage: Sabotage,
     random: Random,
     base: Instant,
@@ -257,6 +261,21 @@ struct World {
     timers: BTreeMap<(usize, u64), Duration>,
 }
 
+/// Operation and resource of a message, and which object in which version it carries.
+fn in_short(message: &Message) -> String {
+    let route = &message.route;
+    let object: Value = message.content_as().unwrap_or_default();
+    let object = object.get("Object").unwrap_or(&object);
+    let metadata = &object["metadata"];
+    let mut text = format!("{} {}", route.operation, route.resource);
+    for field in ["uid", "resourceVersion", "deletionTimestamp"] {
+        if let Some(value) = metadata[field].as_str() {
+            text.extend([" ", if field == "deletionTimestamp" { "ending" } else { value }]);
+        }
+    }
+    text
+}
+
 impl World {
     fn new(seed: u64, sabotage: Sabotage) -> Self {
         let mut random = Random::new(seed);
@@ -273,6 +292,7 @@ impl World {
             .collect();
         Self {
             aloud: false,
+            told: (0, 0),
             sabotage,
             random,
             base,
@@ -311,13 +331,17 @@ impl World {
             }
             let event = self.events.remove(&id).expect("queued with it");
             if self.aloud {
-                eprintln!("{:>9.3} s  {event:?}", self.now.as_secs_f64());
+                self.tell(&event);
             }
             self.summary.steps += 1;
             if self.summary.steps > STEPS_MAX {
                 return Err(Violation::new(format!("more than {STEPS_MAX} steps")));
             }
-            self.handle(event)?;
+            let done = self.handle(event);
+            if self.aloud {
+                self.tell_changes();
+            }
+            done?;
             self.check_bounds()?;
             let is_time = self.summary.steps.is_multiple_of(REST_LOOK_EVERY);
             if self.now > STORM && is_time && self.at_rest().is_ok() {
@@ -326,6 +350,50 @@ impl World {
         }
         self.at_rest()?;
         Ok(self.summary)
+    }
+
+    /// Prints what happens now.
+    fn tell(&self, event: &Event) {
+        let what = match event {
+            Event::Synced { hub, write, .. } => {
+                format!(
+                    "hub {hub} writes record {} {:?} at {}",
+                    write.name(),
+                    write.action,
+                    write.at
+                )
+            }
+            Event::Request { hub, message, .. } => {
+                format!("hub {hub} asks the API for {}", in_short(message))
+            }
+            other => format!("{other:?}"),
+        };
+        eprintln!("{:>9.3} s  {what}", self.now.as_secs_f64());
+    }
+
+    /// Prints what has become of the cluster since the last time.
+    fn tell_changes(&mut self) {
+        for change in &self.cluster.log[self.told.0..] {
+            let Change { key, object, deleted } = &**change;
+            let metadata = &object["metadata"];
+            let (uid, version) = (&metadata["uid"], &metadata["resourceVersion"]);
+            let how = match metadata.get("deletionTimestamp") {
+                _ if *deleted => "deleted",
+                Some(_) => "told to end",
+                None => "changed",
+            };
+            eprintln!("             cluster: {key} {uid} {how} at {version}");
+        }
+        for change in &self.cluster.sync_log[self.told.1..] {
+            let SyncChange { name: (_, name), record, deleted } = &**change;
+            let (of, version) = (&record.spec.name, record.version.as_deref());
+            let how = if *deleted { "deleted" } else { "written" };
+            eprintln!(
+                "             cluster: record {name} of {of}, {version:?}, {how} at {}",
+                record.at
+            );
+        }
+        self.told = (self.cluster.log.len(), self.cluster.sync_log.len());
     }
 
     fn mono(&self) -> Instant {
@@ -698,10 +766,11 @@ impl World {
                 backup.version
             );
         }
-        for edge in &mut self.edges {
-            edge.disk.lost_from = Some(backup.version);
-        }
+        let version = backup.version;
         self.cluster.restore(backup);
+        for edge in &mut self.edges {
+            edge.restored(version, self.cluster.pod_uids());
+        }
         for hub in [0, 1] {
             for of in Kind::ALL.into_iter().map(Some).chain([None]) {
                 self.break_watch(hub, of);
@@ -856,13 +925,11 @@ impl World {
         }
         self.summary.messages += 1;
         if self.aloud {
-            eprintln!(
-                "             down {} {} {}",
-                self.edges[edge].name, message.route.operation, message.route.resource
-            );
+            eprintln!("             down {} {}", self.edges[edge].name, in_short(&message));
         }
         let now = self.edge_now();
         self.edges[edge].receive(now, &message)?;
+        self.edges[edge].settle_left(|uid| self.cluster.has_pod(uid));
         if self.storming() && self.chance(3) {
             // Right after the write, before anybody hears of it.
             self.kill_edge(edge, false);
@@ -881,10 +948,7 @@ impl World {
         }
         self.summary.messages += 1;
         if self.aloud {
-            eprintln!(
-                "             up {} {} {}",
-                self.edges[edge].name, message.route.operation, message.route.resource
-            );
+            eprintln!("             up {} {}", self.edges[edge].name, in_short(&message));
         }
         let (now, now_ms) = (self.mono(), self.now_ms());
         if let Some(request) = self.hubs[hub].receive(conn, message, now, now_ms) {
@@ -1138,7 +1202,7 @@ impl World {
                     };
                     let of = of["name"].as_str().unwrap_or_default();
                     let key = Key::new(kind, "default", of).expect("a good name");
-                    if let Some(object) = self.cluster.get(&key).filter(|of| !edge.refuses(of)) {
+                    if let Some(object) = self.cluster.get(&key) {
                         wanted.insert(key.path().to_owned(), object);
                     }
                 }

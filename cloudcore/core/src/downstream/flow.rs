@@ -6,8 +6,9 @@ use super::records::{pushed_spec, sync_id};
 use super::resume::{Barrier, Phase};
 use super::version::{Version, Watched, delete_message};
 use super::{Backlog, Downstream, Key, Kind, Known, Output, SessionId, Wanted};
-use crate::objectsync::SyncId;
+use crate::objectsync::{Sent, SyncId};
 use skerry_protocol::capability::Capabilities;
+use skerry_protocol::digest::Held;
 use skerry_protocol::{Message, MessageId, Operation};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -21,6 +22,9 @@ pub const OUTSTANDING_LEN_MAX: usize = 1024 * 1024;
 pub const PUSHED_MAX: usize = 4096;
 /// Bytes of those. A list of everything in a small cluster fits.
 pub const PUSHED_LEN_MAX: usize = 4 * 1024 * 1024;
+
+/// Kinds that a node sees cut down to its own group, which changes without their version.
+const NARROWED_KINDS: [&str; 2] = ["Endpoints", "EndpointSlice"];
 
 /// One connection of a node.
 #[derive(Debug)]
@@ -37,6 +41,8 @@ pub(super) struct Session {
     /// Messages handed over and not acknowledged; at most one per object.
     flights: BTreeMap<Key, Flight>,
     flights_len: usize,
+    /// Watched objects that the node told to hold and of which nothing was said since; at most [`PUSHED_MAX`].
+    told: BTreeMap<String, Held>,
     /// Watched objects that have not gone out.
     pushed: BTreeMap<Key, Pushed>,
     pushed_len: usize,
@@ -103,6 +109,7 @@ impl Session {
             dirty: BTreeSet::new(),
             flights: BTreeMap::new(),
             flights_len: 0,
+            told: BTreeMap::new(),
             pushed: BTreeMap::new(),
             pushed_len: 0,
             held: BTreeSet::new(),
@@ -151,6 +158,20 @@ impl Session {
             |flight: &Flight| flight.is_stale || matches!(flight.what, What::Delete { .. });
         self.flights.iter().any(|(key, flight)| key.kind() == dependent && leaves(flight))
             || self.parked.values().any(|key| key.kind() == dependent)
+    }
+
+    /// Takes what the node told of watched objects.
+    pub(super) fn tell_watched(&mut self, told: BTreeMap<String, Held>) {
+        self.told = told.into_iter().take(PUSHED_MAX).collect();
+    }
+
+    /// Whether the node has this watched object as it is. What it told counts once: the next word is a change.
+    fn has_watched(&mut self, key: &Key, pushed: &Pushed) -> bool {
+        let Some(told) = self.told.remove(key.path()) else { return false };
+        let Watched { uid, resource_version, kind, .. } = &*pushed.object;
+        pushed.operation != Operation::Delete
+            && !NARROWED_KINDS.contains(&&**kind)
+            && (&*told.uid, &*told.rv) == (&**uid, &**resource_version)
     }
 
     fn depart(&mut self, key: &Key, message: &Message, what: What) {
@@ -289,10 +310,8 @@ impl Downstream {
         let version = match (self.wanted(name, key), known) {
             (Wanted::Unknown, _) => return Step::Unknown,
             (Wanted::Unjudged, _) | (Wanted::Absent, None) => return Step::Settled,
-            // The list says whether it is absent, and then all pods are marked.
-            (Wanted::Absent, Some(_))
-                if key.kind() == Kind::Pod && self.relisting.contains_key(name) =>
-            {
+            // The list says what there is, be it absent, newer, or another pod under the name; then all pods are marked.
+            _ if key.kind() == Kind::Pod && self.relisting.contains_key(name) => {
                 return Step::Unknown;
             }
             (Wanted::Absent, Some(known)) => {
@@ -312,11 +331,7 @@ impl Downstream {
             // Containers and connections to devices belong to a uid, so the old object has to go first.
             return Step::Delete { uid: Arc::clone(&former.uid), then_again: true };
         }
-        let is_same = |known: &Known| {
-            let held = known.resource_version.as_deref();
-            known.uid == version.uid && held.is_some_and(|held| version.is_same_as(held))
-        };
-        if known.is_some_and(is_same) {
+        if known.is_some_and(|known| known.is_same_as(version)) {
             return Step::Settled;
         }
         if key.kind() == Kind::Device && !self.has_models(name, key) {
@@ -404,6 +419,7 @@ impl Downstream {
                 let known = Known {
                     uid: Arc::clone(&uid),
                     resource_version: Some(resource_version.clone()),
+                    is_told: false,
                 };
                 node.known.insert(key.clone(), known);
                 node.graves.remove(key);
@@ -425,7 +441,7 @@ impl Downstream {
         let session = self.nodes.get_mut(name)?.session.as_deref_mut()?;
         let pushed = session.pushed.remove(key)?;
         session.pushed_len -= pushed.object.len();
-        if has_own {
+        if session.has_watched(key, &pushed) || has_own {
             return None;
         }
         let message = pushed.object.message(key, pushed.operation, now_ms);
@@ -486,7 +502,7 @@ impl Downstream {
                 }
             }
             What::Delete { uid } => {
-                node.known.insert(key.clone(), Known { uid, resource_version: None });
+                node.known.insert(key.clone(), Known::some(uid));
             }
             What::Pushed(pushed) if !session.pushed.contains_key(&key) => {
                 session.pushed_len += pushed.object.len();
@@ -604,15 +620,16 @@ impl Downstream {
         }
         for (key, flight) in session.flights {
             match flight.what {
-                What::Put { uid, .. } => {
-                    self.syncs.doubt(&name, &sync_id(&key, &uid));
+                What::Put { uid, resource_version, .. } => {
+                    let sent = Sent::Version(resource_version);
+                    self.syncs.doubt(&name, &sync_id(&key, &uid), sent);
                     if let Some(known) = node.known.get_mut(&key) {
                         known.resource_version = None;
                     }
                 }
                 What::Delete { uid } => {
-                    self.syncs.doubt(&name, &sync_id(&key, &uid));
-                    node.known.insert(key, Known { uid, resource_version: None });
+                    self.syncs.doubt(&name, &sync_id(&key, &uid), Sent::Delete);
+                    node.known.insert(key, Known::some(uid));
                 }
                 What::Pushed(_) => {}
             }

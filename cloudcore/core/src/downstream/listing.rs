@@ -4,7 +4,8 @@
 //! by then (`floor`), be it told by the watch or by a read. So:
 //!
 //! - What it shows in an older version than one that was known before, the cluster has set back: it was restored from a
-//!   backup. The older version counts, and nodes that hold the newer one get it.
+//!   backup. The older version counts, and nodes that hold the newer one get it. Of what any node was sent before nobody
+//!   knows any more whether its version is of the time that was lost ([`Known::is_told`]).
 //! - What it shows in an older version than one that was read while the list was under way may be overtaken: it is read
 //!   once more.
 //! - When it is complete, nothing that was read before it has to be held against the watch any more: the watch goes on
@@ -13,6 +14,8 @@
 //! What a cluster forgot when it was restored nobody can tell afterwards where versions are given out twice; Kubernetes'
 //! own instructions raise the revision when a backup is restored.
 
+#[cfg(doc)]
+use super::Known;
 use super::{Downstream, Key, Kind, NodeObject, SharedState};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -74,6 +77,10 @@ impl Downstream {
         self.progress.insert(kind, newest);
         if !set_back.is_empty() {
             self.newest.insert(kind, newest);
+            let known = self.nodes.values_mut().flat_map(|node| &mut node.known);
+            for (_, known) in known.filter(|(key, _)| key.kind() == kind) {
+                known.is_told = true;
+            }
         }
         if let Some(absent) = self.absent.get_mut(&kind) {
             absent.retain(|_, at| *at > floor);

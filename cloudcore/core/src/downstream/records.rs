@@ -121,7 +121,7 @@ impl Downstream {
                 && sync_id(key, &id.uid) == *id
         };
         let Some((id, ..)) = held.find(|(id, spec, _)| is_same(id, spec)) else { return };
-        let known = Known { uid: Arc::clone(&id.uid), resource_version: None };
+        let known = Known::some(Arc::clone(&id.uid));
         drop(held);
         if let Some(node) = self.nodes.get_mut(name) {
             node.known.entry(key.clone()).or_insert(known);
@@ -150,7 +150,16 @@ impl Downstream {
         let mut pointless = Vec::new();
         for (id, spec, version) in self.syncs.held(name) {
             let Some(key) = key_of(id, spec) else { continue };
-            let known = Known { uid: Arc::clone(&id.uid), resource_version: version.cloned() };
+            // What this process sent and was acknowledged since is known better than by the record's word.
+            let sent = self.nodes.get(name).and_then(|node| node.known.get(&key));
+            let is_sent = |sent: &Known| {
+                !sent.is_told && sent.uid == id.uid && sent.resource_version.as_ref() == version
+            };
+            let known = Known {
+                uid: Arc::clone(&id.uid),
+                resource_version: version.cloned(),
+                is_told: !sent.is_some_and(is_sent),
+            };
             let known = match recalled.remove(&key) {
                 None => known,
                 Some(other) => {
@@ -246,6 +255,9 @@ impl Downstream {
                 self.disbelieve(name, &key, id, held);
             }
         }
+        if self.nodes.get(name).is_some_and(|node| !matches!(node.object, NodeObject::Absent)) {
+            self.syncs.mend(name, id);
+        }
         self.syncs.settle(name, id);
     }
 
@@ -261,7 +273,7 @@ impl Downstream {
         if node.session.as_deref().is_none_or(|session| !session.is_checked) {
             return;
         }
-        let known = Known { uid: Arc::clone(&id.uid), resource_version: None };
+        let known = Known::some(Arc::clone(&id.uid));
         let Some(version) = held else {
             if let Some(held) = node.known.get_mut(key).filter(|held| held.uid == id.uid) {
                 held.resource_version = None;
@@ -296,7 +308,7 @@ impl Downstream {
         let Some(node) = self.nodes.get_mut(name) else { return };
         let is_fresh = node.session.as_deref().is_none_or(|session| !session.is_checked);
         if is_fresh {
-            let known = Known { uid: Arc::clone(&id.uid), resource_version: None };
+            let known = Known::some(Arc::clone(&id.uid));
             node.known.entry(key).or_insert(known);
         }
     }

@@ -5,7 +5,7 @@ use super::version::Version;
 use super::{DIGEST_WAIT, Downstream, Key, Kind, Known, Output, SessionId, SharedState, Wanted};
 use skerry_protocol::Message;
 use skerry_protocol::capability::Capabilities;
-use skerry_protocol::digest::Digest;
+use skerry_protocol::digest::{Digest, Held};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
@@ -57,9 +57,11 @@ impl Downstream {
             Phase::AwaitingLists { digest: None }
         };
         node.session = Some(Box::new(Session::new(id, capabilities, phase)));
+        if was_foreign || !capabilities.digest {
+            self.relist(&name);
+        }
         if was_foreign {
             // Neither its pods nor its Node were kept.
-            self.relist(&name);
             if let Some(key) = Key::new(Kind::Node, "", &name) {
                 self.fetch(&key);
             }
@@ -88,7 +90,7 @@ impl Downstream {
             return self.end_list_wait();
         }
         // It came after everything had been pushed; it can still tell of objects that are gone.
-        let held = self.held_keys(&digest);
+        let held = self.held_keys(&name, &digest);
         let Some(node) = self.nodes.get_mut(&name) else { return };
         let Some(session) = node.session.as_deref() else { return };
         let mut keys: BTreeSet<Key> = session.unsettled().cloned().collect();
@@ -127,6 +129,7 @@ impl Downstream {
                 self.nodes.get_mut(&name).and_then(|node| node.session.as_deref_mut())
             {
                 session.phase = Phase::AwaitingLists { digest: None };
+                self.relist(&name);
                 self.awaiting_lists.insert(name);
                 has_ended = true;
             }
@@ -182,15 +185,16 @@ impl Downstream {
         let Some(node) = self.nodes.get_mut(name) else { return true };
         let known = std::mem::take(&mut node.known);
         let phase = node.session.as_deref().map(|session| &session.phase);
-        let held = match phase {
+        let (held, disputed) = match phase {
             Some(Phase::AwaitingLists { digest: Some((digest, _)) }) => {
                 let digest = digest.clone();
-                self.held_keys(&digest)
+                (self.held_keys(name, &digest), self.told_keys(digest.disputed.iter()))
             }
-            _ => known,
+            _ => (known, BTreeMap::new()),
         };
-        let behind: Vec<Key> = held
+        let behind: BTreeSet<Key> = held
             .iter()
+            .chain(&disputed)
             .filter(|(key, known)| self.is_behind(name, key, known.resource_version.as_deref()))
             .map(|(key, _)| key.clone())
             .collect();
@@ -277,9 +281,19 @@ impl Downstream {
         };
         let request = match digest {
             Some((digest, request)) => {
-                let held = self.held_keys(&digest);
+                let held = self.held_keys(name, &digest);
+                let disputed = self.told_keys(digest.disputed.iter());
                 let node = self.nodes.get_mut(name).expect("was found just now");
                 node.known = held;
+                for (key, of) in disputed {
+                    let held = node.known.entry(key).or_insert_with(|| Known::some(of.uid.clone()));
+                    if held.uid == of.uid {
+                        held.resource_version = None;
+                    }
+                }
+                if let Some(session) = node.session.as_deref_mut() {
+                    session.tell_watched(digest.watched);
+                }
                 Some(request)
             }
             None => {
@@ -330,13 +344,26 @@ impl Downstream {
             let Wanted::Present(version) = self.wanted(name, key) else { continue };
             let uid = Arc::clone(&version.uid);
             let Some(node) = self.nodes.get_mut(name) else { return };
-            node.known.entry(key.clone()).or_insert(Known { uid, resource_version: None });
+            node.known.entry(key.clone()).or_insert(Known::some(uid));
         }
     }
 
-    /// What a digest tells about objects of the kinds that go down; the rest is not ours to judge.
-    fn held_keys(&self, digest: &Digest) -> BTreeMap<Key, Known> {
-        let held = digest.objects.iter().filter_map(|(path, held)| {
+    /// What a digest tells about objects of the kinds that go down; the rest is not ours to judge. What `name` holds for
+    /// an application that watches it counts where it should have it anyway, and is no reason to take it away.
+    fn held_keys(&self, name: &str, digest: &Digest) -> BTreeMap<Key, Known> {
+        let is_needed = |path: &&String| {
+            let key = path.parse().ok().and_then(|path| Key::of_path(&path));
+            key.is_some_and(|key| !matches!(self.wanted(name, &key), Wanted::Absent))
+        };
+        let watched = digest.watched.iter().filter(|(path, _)| is_needed(path));
+        self.told_keys(watched.chain(&digest.objects))
+    }
+
+    fn told_keys<'a>(
+        &self,
+        told: impl Iterator<Item = (&'a String, &'a Held)>,
+    ) -> BTreeMap<Key, Known> {
+        let held = told.filter_map(|(path, held)| {
             let key = Key::of_path(&path.parse().ok()?)?;
             // The key as it is held already, so that all who keep it share it.
             let key = match self.placed.get_key_value(&key) {
@@ -344,7 +371,8 @@ impl Downstream {
                 None => self.shared.get_key_value(&key).map_or(key, |(held, _)| held.clone()),
             };
             let resource_version = Some(held.rv.as_str().into());
-            Some((key, Known { uid: held.uid.as_str().into(), resource_version }))
+            let uid = held.uid.as_str().into();
+            Some((key, Known { uid, resource_version, is_told: true }))
         });
         held.collect()
     }

@@ -13,6 +13,9 @@ struct Hub {
     record_version: u64,
     /// Nodes acknowledge everything at once, and the API does every write.
     is_prompt: bool,
+    /// Nodes whose pods the API is as prompt to list, because they have connected and told nothing: as the watch has
+    /// shown them.
+    unread: BTreeSet<String>,
 }
 
 impl Hub {
@@ -57,7 +60,8 @@ impl Hub {
 
     fn unlisted() -> Self {
         let downstream = Downstream::default();
-        Self { downstream, now: Instant::now(), sessions: 0, record_version: 1, is_prompt: true }
+        let (now, unread) = (Instant::now(), BTreeSet::new());
+        Self { downstream, now, sessions: 0, record_version: 1, is_prompt: true, unread }
     }
 
     fn input(&mut self, input: Input) {
@@ -72,6 +76,7 @@ impl Hub {
         self.sessions += 1;
         let (node, session) = (node.to_owned(), self.sessions);
         let capabilities = Capabilities { digest, ..Capabilities::default() };
+        self.unread.insert(node.clone());
         self.input(Input::Connected { node, session, capabilities });
         self.sessions
     }
@@ -80,17 +85,41 @@ impl Hub {
         let held = held.iter().map(|(path, uid, rv)| {
             ((*path).to_owned(), Held { uid: (*uid).into(), rv: (*rv).into() })
         });
-        let digest = Digest { objects: held.collect() };
+        self.send_digest(node, Digest { objects: held.collect(), ..Digest::default() });
+    }
+
+    fn send_digest(&mut self, node: &str, digest: Digest) {
+        self.unread.remove(node);
         let resource = skerry_protocol::digest::RESOURCE;
         let request = Message::new(0, "metamanager", "meta", Operation::Query, resource, &digest);
         let (node, session) = (node.to_owned(), self.sessions);
         self.input(Input::Digest { node, session, digest, request: Box::new(request) });
     }
 
+    fn poll(&mut self) -> Option<Output> {
+        loop {
+            let output = self.downstream.poll_output()?;
+            match &output {
+                Output::Relist(node) if self.unread.remove(node) => self.relist(&node.clone()),
+                _ => return Some(output),
+            }
+        }
+    }
+
+    /// The API lists what the watch has shown.
+    fn relist(&mut self, node: &str) {
+        let pods = self.downstream.placed.iter();
+        let pods = pods.filter(|(key, of)| key.kind() == Kind::Pod && *of.node == *node);
+        let pods = pods.map(|(_, of)| serde_json::from_str(of.version.text.get()).expect("json"));
+        let pods = pods.collect();
+        let at = self.downstream.newest.get(&Kind::Pod).copied();
+        self.input(Input::Relisted(node.into(), pods, at));
+    }
+
     /// What came out, as short lines.
     fn outputs(&mut self) -> Vec<String> {
         let mut lines = Vec::new();
-        while let Some(output) = self.downstream.poll_output() {
+        while let Some(output) = self.poll() {
             lines.push(line(&output));
             match output {
                 Output::Send { node, session, message }
@@ -116,7 +145,7 @@ impl Hub {
 
     /// The messages that came out; nobody has acknowledged them.
     fn messages(&mut self) -> Vec<Message> {
-        let outputs = std::iter::from_fn(|| self.downstream.poll_output());
+        let outputs = std::iter::from_fn(|| self.poll());
         let message = |output| match output {
             Output::Send { message, .. } => Some(*message),
             _ => None,
@@ -273,9 +302,11 @@ fn digest_brings_differences_deletes_and_then_the_answer() {
     for (name, version) in [("same", 10), ("echoed", 11), ("changed", 12), ("missing", 13)] {
         hub.change(Kind::Pod, pod(name, "edge1", version, &[]));
     }
-    let mut echo = pod("echoed", "edge1", 20, &[]);
-    echo["status"] = json!({"phase": "Running"});
-    hub.change(Kind::Pod, echo);
+    for version in [15, 20] {
+        let mut echo = pod("echoed", "edge1", version, &[]);
+        echo["status"] = json!({"phase": "Running", "message": version.to_string()});
+        hub.change(Kind::Pod, echo);
+    }
 
     hub.connect("edge1", true);
     hub.check(&[]);
@@ -417,6 +448,7 @@ fn pods_of_other_nodes_are_not_kept_until_such_a_node_connects() {
     hub.change(Kind::Pod, pod("web", "cloud1", 2, &["page"]));
     assert_eq!(hub.downstream.binding(&key("default/pod/web")), None);
     hub.connect("cloud1", false);
+    hub.unread.clear();
     hub.check(&["relist cloud1", "fetch null/node/cloud1"]);
     hub.input(Input::Deleted(key("default/pod/old"), Value::Null));
     hub.input(Input::Fetched(key("null/node/cloud1"), Some(node("cloud1", 1, false)), None));
@@ -520,6 +552,7 @@ fn model_stays_while_the_end_of_its_device_is_under_way() {
 fn stock_device_twin_is_told_who_joins_and_leaves_and_everything_after_a_reconnect() {
     let mut hub = Hub::listed();
     hub.connect("edge1", false);
+    hub.check(&[]);
     hub.change(Kind::DeviceModel, model("m", 3));
     hub.change(Kind::Device, device("d", "edge1", "m", 2));
     hub.is_prompt = false;
@@ -899,6 +932,63 @@ fn watched_objects_of_a_node_that_does_not_answer_are_bounded() {
 }
 
 #[test]
+fn watched_object_that_our_own_node_tells_to_hold_is_not_sent_again() {
+    let held = |uid: &str, rv: &str| Held { uid: uid.into(), rv: rv.into() };
+    let mut hub = Hub::listed();
+    hub.connect("edge1", true);
+    let names = ["same", "older", "other-uid", "twice"];
+    for name in names {
+        let path = format!("default/service/{name}");
+        hub.push("edge1", &path, service(name, "u", 5), Operation::Insert);
+    }
+    hub.check(&[]);
+    let told =
+        [("same", "u", "5"), ("older", "u", "4"), ("other-uid", "v", "5"), ("twice", "u", "5")];
+    let path = |name: &str| format!("default/service/{name}");
+    let watched = told.map(|(name, uid, rv)| (path(name), held(uid, rv)));
+    hub.send_digest("edge1", Digest { watched: watched.into(), ..Digest::default() });
+    let outputs = hub.outputs();
+    for (name, is_sent) in [("same", false), ("older", true), ("other-uid", true), ("twice", false)]
+    {
+        let line = format!("edge1: insert default/service/{name} 5");
+        assert_eq!(outputs.contains(&line), is_sent, "{name}: {outputs:?}");
+    }
+    // What the node told is used once: another watch may have been told of its end meanwhile.
+    hub.push("edge1", "default/service/twice", service("twice", "u", 5), Operation::Insert);
+    hub.check(&["edge1: insert default/service/twice 5"]);
+    // The end of one is told whatever the node held.
+    hub.connect("edge1", true);
+    hub.outputs();
+    let watched = [(path("same"), held("u", "5"))].into();
+    hub.send_digest("edge1", Digest { watched, ..Digest::default() });
+    hub.outputs();
+    hub.push("edge1", "default/service/same", service("same", "u", 5), Operation::Delete);
+    hub.check(&["edge1: delete default/service/same 5"]);
+}
+
+#[test]
+fn object_that_is_only_watched_is_not_taken_away_as_one_that_no_pod_needs() {
+    let mut hub = Hub::listed();
+    hub.change(Kind::ConfigMap, config("page", 5));
+    hub.connect("edge1", true);
+    let held = Held { uid: "uid-page".into(), rv: "5".into() };
+    let watched = BTreeMap::from([("default/configmap/page".to_owned(), held)]);
+    hub.send_digest("edge1", Digest { watched: watched.clone(), ..Digest::default() });
+    hub.check(&["edge1: response skerry/digest"]);
+    // Where a pod needs it, too, the node has it already.
+    hub.change(Kind::Pod, pod("web", "edge1", 6, &["page"]));
+    hub.outputs();
+    hub.input(Input::Fetched(key("default/configmap/page"), Some(config("page", 5)), Some(6)));
+    hub.outputs();
+    hub.connect("edge1", true);
+    hub.outputs();
+    let held = Held { uid: "uid-web".into(), rv: "6".into() };
+    let objects = BTreeMap::from([("default/pod/web".to_owned(), held)]);
+    hub.send_digest("edge1", Digest { objects, watched, ..Digest::default() });
+    hub.check(&["edge1: response skerry/digest"]);
+}
+
+#[test]
 fn watched_changes_that_wait_are_one() {
     let mut hub = Hub::listed();
     let session = hub.connect("edge1", true);
@@ -990,6 +1080,50 @@ fn deliver(message: &Message, held: &mut BTreeMap<String, u64>, last: &mut BTree
 }
 
 // A hub that lags behind another one, which the node has left
+
+#[test]
+fn pods_of_a_stock_node_are_read_before_anything_goes_to_it() {
+    let mut hub = Hub::recorded(&[("edge1.uid-web", Kind::Pod, "web", "2")]);
+    hub.unread.clear();
+    hub.change(Kind::Pod, pod("web", "edge1", 2, &[]));
+    hub.change(Kind::Pod, pod("web", "edge1", 3, &[]));
+    hub.connect("edge1", false);
+    hub.unread.clear();
+    hub.check(&["relist edge1"]);
+    // Another hub has taken it away, and its record; neither watch has shown that.
+    hub.input(Input::Relisted("edge1".into(), Vec::new(), Some(9)));
+    let outputs = hub.outputs();
+    assert!(outputs.contains(&"edge1: delete default/pod/web".to_owned()), "{outputs:?}");
+    assert!(!outputs.iter().any(|line| line.contains("update default/pod/web")), "{outputs:?}");
+}
+
+#[test]
+fn answer_to_an_older_list_of_pods_does_not_count_for_a_newer_connection() {
+    let mut hub = Hub::listed();
+    let list = |hub: &mut Hub, pods, at| hub.input(Input::Relisted("edge1".into(), pods, Some(at)));
+    hub.change(Kind::Pod, pod("web", "edge1", 2, &[]));
+    for _ in 0..2 {
+        hub.connect("edge1", false);
+        hub.unread.clear();
+        assert!(hub.outputs().contains(&"relist edge1".to_owned()));
+    }
+    list(&mut hub, vec![pod("web", "edge1", 2, &[])], 3);
+    hub.check(&[]);
+    list(&mut hub, Vec::new(), 9);
+    let outputs = hub.outputs();
+    assert!(!outputs.iter().any(|line| line.contains("pod/web")), "{outputs:?}");
+    // Nor does it when it is the last to arrive.
+    hub.change(Kind::Pod, pod("new", "edge1", 12, &[]));
+    for _ in 0..2 {
+        hub.connect("edge1", false);
+        hub.unread.clear();
+        hub.outputs();
+    }
+    list(&mut hub, vec![pod("new", "edge1", 20, &[])], 20);
+    list(&mut hub, vec![pod("new", "edge1", 12, &[])], 15);
+    let outputs = hub.outputs();
+    assert!(outputs.contains(&"edge1: update default/pod/new 20".to_owned()), "{outputs:?}");
+}
 
 #[test]
 fn what_a_node_holds_in_a_newer_version_is_read_before_anything_is_sent() {
@@ -1125,6 +1259,136 @@ fn record_that_another_hub_wrote_late_still_leads_to_the_delete() {
     hub.input(Input::Relisted("edge1".into(), Vec::new(), Some(8)));
     let outputs = hub.outputs();
     assert!(outputs.contains(&"edge1: delete default/pod/web".to_owned()), "{outputs:?}");
+}
+
+#[test]
+fn pod_of_which_only_a_record_tells_is_not_deleted_for_its_predecessor() {
+    let mut hub = Hub::recorded(&[]);
+    hub.connect("edge1", false);
+    hub.change(Kind::Pod, pod("web", "edge1", 2, &[]));
+    hub.outputs();
+    // Another hub has taken the pod away and given its successor; the watch of pods has got to neither.
+    hub.input(Input::Sync(Word::Seen {
+        name: "edge1.uid-next".into(),
+        namespace: Some("default".into()),
+        spec: SyncSpec { api_version: "v1".into(), kind: "Pod".into(), name: "web".into() },
+        version: Some("7".into()),
+        at: 1000,
+        is_in_list: false,
+    }));
+    hub.check(&["relist edge1"]);
+    let mut next = pod("web", "edge1", 7, &[]);
+    next["metadata"]["uid"] = json!("uid-next");
+    hub.input(Input::Relisted("edge1".into(), vec![next], Some(8)));
+    hub.check(&["edge1: update default/pod/web 7"]);
+}
+
+#[test]
+fn pod_that_changes_while_the_pods_of_its_node_are_read_goes_when_they_have_been() {
+    let mut hub = Hub::listed();
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[("default/pod/web", "uid-web", "9")]);
+    hub.check(&["relist edge1"]);
+    hub.change(Kind::Pod, pod("other", "edge1", 12, &[]));
+    hub.check(&[]);
+    // The list is older than what the watch has shown of the other pod meanwhile.
+    let pods = vec![pod("web", "edge1", 9, &[]), pod("other", "edge1", 11, &[])];
+    hub.input(Input::Relisted("edge1".into(), pods, Some(11)));
+    hub.check(&["edge1: insert default/pod/other 12", "edge1: response skerry/digest"]);
+}
+
+#[test]
+fn version_of_a_time_that_the_cluster_lost_is_not_taken_for_one_of_its_own() {
+    let changed = |version: u64, label: &str| {
+        let mut pod = pod("web", "edge1", version, &[]);
+        pod["metadata"]["labels"] = json!({"l": label});
+        pod
+    };
+    let mut hub = Hub::listed();
+    // Restored at 5, the cluster has gone on to 9; the node was at 7 in the time that is lost.
+    for (version, label) in [(5, "a"), (6, "b"), (9, "b")] {
+        hub.change(Kind::Pod, changed(version, label));
+    }
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[("default/pod/web", "uid-web", "7")]);
+    hub.check(&["edge1: update default/pod/web 9", "edge1: response skerry/digest"]);
+    // One that it has shown with this content is.
+    hub.connect("edge1", true);
+    hub.outputs();
+    hub.digest("edge1", &[("default/pod/web", "uid-web", "6")]);
+    hub.check(&["edge1: response skerry/digest"]);
+}
+
+#[test]
+fn what_a_node_disputes_is_read_and_sent_again_whatever_its_version() {
+    let disputed = |uid: &str, rv: &str| {
+        let held = Held { uid: uid.into(), rv: rv.into() };
+        let disputed = BTreeMap::from([("default/pod/web".to_owned(), held)]);
+        Digest { disputed, ..Digest::default() }
+    };
+    let mut hub = Hub::listed();
+    hub.change(Kind::Pod, pod("web", "edge1", 5, &[]));
+    for (told, at) in [("8", 6), ("8", 7)] {
+        hub.connect("edge1", true);
+        hub.outputs();
+        hub.send_digest("edge1", disputed("uid-web", told));
+        hub.check(&["relist edge1"]);
+        hub.input(Input::Relisted("edge1".into(), vec![pod("web", "edge1", 5, &[])], Some(at)));
+        hub.check(&["edge1: update default/pod/web 5", "edge1: response skerry/digest"]);
+    }
+    // Versions that are given out twice make no difference.
+    hub.change(Kind::Pod, pod("web", "edge1", 8, &[]));
+    hub.connect("edge1", true);
+    hub.outputs();
+    hub.send_digest("edge1", disputed("uid-web", "8"));
+    hub.check(&["edge1: update default/pod/web 8", "edge1: response skerry/digest"]);
+    // A successor of what is disputed is another matter, and what is gone is deleted.
+    hub.connect("edge1", true);
+    hub.outputs();
+    let mut digest = disputed("uid-former", "8");
+    let held = Held { uid: "uid-web".into(), rv: "8".into() };
+    digest.objects.insert("default/pod/web".into(), held);
+    hub.send_digest("edge1", digest);
+    hub.check(&["edge1: response skerry/digest"]);
+    hub.input(Input::Deleted(key("default/pod/web"), pod("web", "edge1", 9, &[])));
+    hub.connect("edge1", true);
+    hub.outputs();
+    hub.send_digest("edge1", disputed("uid-web", "7"));
+    hub.check(&["edge1: delete default/pod/web", "edge1: response skerry/digest"]);
+}
+
+#[test]
+fn versions_of_the_same_content_that_an_object_remembers_are_bounded() {
+    let mut hub = Hub::listed();
+    for version in 1..=20 {
+        hub.change(Kind::Pod, pod("web", "edge1", version, &[]));
+    }
+    for (held, expected) in [("13", 1), ("12", 2)] {
+        hub.connect("edge1", true);
+        hub.outputs();
+        hub.digest("edge1", &[("default/pod/web", "uid-web", held)]);
+        assert_eq!(hub.outputs().len(), expected, "{held}");
+    }
+}
+
+#[test]
+fn what_was_sent_before_the_cluster_went_back_is_compared_as_what_is_told() {
+    let changed = |version: u64, label: &str| {
+        let mut pod = pod("web", "edge1", version, &[]);
+        pod["metadata"]["labels"] = json!({"l": label});
+        pod
+    };
+    let mut hub = Hub::recorded(&[]);
+    hub.connect("edge1", false);
+    hub.change(Kind::Pod, changed(50, "lost"));
+    hub.outputs();
+    hub.is_prompt = false;
+    hub.input(Input::Listing(Kind::Pod));
+    hub.change(Kind::Pod, changed(40, "before"));
+    hub.input(Input::Listed(Kind::Pod, [key("default/pod/web")].into()));
+    // The record of what was sent is still to be written; meanwhile the pod reports.
+    hub.change(Kind::Pod, changed(60, "before"));
+    assert_eq!(hub.messages().len(), 1);
 }
 
 #[test]

@@ -9,6 +9,10 @@ use std::sync::Arc;
 
 const GROUP: &str = "resource";
 
+/// Versions of the same content that an object remembers beside its own; a node that holds an earlier one gets the
+/// object again when it connects. Status reports make them, and of the last one the node knows the version.
+const SEEN_MAX: usize = 7;
+
 /// One version of an object, ready to be sent; every message about it shares the text.
 #[derive(Debug)]
 pub(super) struct Version {
@@ -16,6 +20,8 @@ pub(super) struct Version {
     pub(super) resource_version: Arc<str>,
     /// The oldest version known to differ in nothing that matters.
     since: Option<u64>,
+    /// Versions that were seen with this content, this one and up to [`SEEN_MAX`] before it.
+    seen: Box<[u64]>,
     /// Of everything that matters.
     fingerprint: u64,
     pub(super) text: Content,
@@ -58,12 +64,16 @@ impl Version {
             _ => {}
         }
         let fingerprint = fingerprint(kind, &object);
-        let since = old.filter(|old| old.fingerprint == fingerprint).and_then(|old| old.since);
-        let since = since.or_else(|| number(&resource_version));
+        let same = old.filter(|old| old.fingerprint == fingerprint);
+        let since = same.and_then(|old| old.since).or_else(|| number(&resource_version));
+        let before = same.map(|old| &*old.seen).unwrap_or_default();
+        let before = before.iter().copied().filter(|of| number(&resource_version) != Some(*of));
+        let skipped = before.clone().count().saturating_sub(SEEN_MAX);
+        let seen = before.skip(skipped).chain(number(&resource_version)).collect();
         // Objects that stay the same under a new version, as those with a lease in them do, keep their strings.
         let uid = old.map_or(uid, |old| Arc::clone(&old.uid));
         let text = raw(&object);
-        Some(Arc::new(Self { uid, resource_version, since, fingerprint, text, terminating }))
+        Some(Arc::new(Self { uid, resource_version, since, seen, fingerprint, text, terminating }))
     }
 
     /// The same as something that no version is older than: the cluster went back to a time before it.
@@ -72,13 +82,21 @@ impl Version {
             uid: Arc::clone(&self.uid),
             resource_version: "".into(),
             since: None,
+            seen: Box::default(),
             fingerprint: self.fingerprint,
             text: self.text.clone(),
             terminating: self.terminating,
         })
     }
 
-    /// Whether a node that holds `resource_version` of the same object has everything that matters.
+    /// Whether the object had this content in `resource_version`, as far as is remembered.
+    pub(super) fn is_exactly(&self, resource_version: &str) -> bool {
+        *self.resource_version == *resource_version
+            || number(resource_version).is_some_and(|of| self.seen.contains(&of))
+    }
+
+    /// Whether a node that was sent `resource_version` of the same object, when that was its newest, has everything that
+    /// matters.
     pub(super) fn is_same_as(&self, resource_version: &str) -> bool {
         if *self.resource_version == *resource_version {
             return true;
