@@ -24,6 +24,7 @@ use crate::tree::hex;
 use crate::uki::{PeError, Uki};
 use crate::{bundle, cpio, fat, sbom, verity_file};
 use sha2::{Digest, Sha256};
+use skerry_init::boot;
 use skerry_init::gpt::Part;
 use skerry_init::site::{Site, SiteError};
 use skerry_init::verity::Verity;
@@ -400,7 +401,10 @@ fn flash_file(
     }
     let mut files = vec![
         (format!("EFI/BOOT/{removable}"), loader),
-        (format!("EFI/Linux/skerry_{}.efi", manifest.version), uki),
+        (
+            format!("{}/{}", boot::FOLDER, boot::file_name(&manifest.version, Some(boot::TRIES))),
+            uki,
+        ),
         ("loader/loader.conf".into(), settings.into_bytes()),
     ];
     for file in &order.enrol {
@@ -706,7 +710,7 @@ mod tests {
             volume.root_dir().open_file(path).unwrap().read_to_end(&mut content).unwrap();
             content
         };
-        assert!(file("esp", "EFI/Linux/skerry_0.1.0.efi") == uki);
+        assert!(file("esp", "EFI/Linux/skerry_0.1.0+3.efi") == uki);
         assert_eq!(file("esp", "loader/loader.conf"), b"timeout 0\neditor no\n");
         assert_eq!(file("config", "site.toml"), site.as_bytes());
         // With a token in it, it is for its owner only.

@@ -168,6 +168,8 @@ pub trait Kernel: Send + Sync {
     fn write(&self, path: &str, bytes: &[u8], mode: u32) -> io::Result<()>;
     /// Overwrites a part of a file or device; durable when it returns.
     fn write_at(&self, path: &str, offset: u64, bytes: &[u8]) -> io::Result<()>;
+    /// Makes or replaces a variable of the firmware, four bytes of attributes first: the whole of it in one write.
+    fn write_variable(&self, path: &str, bytes: &[u8]) -> io::Result<()>;
     /// Adds to a file, which is made if needed; not synced.
     fn append(&self, path: &str, bytes: &[u8]) -> io::Result<()>;
     /// rename(2).

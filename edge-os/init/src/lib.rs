@@ -4,6 +4,7 @@
 //! [`kernel::Kernel`]; [`linux`] is the machine itself. [`stage0`] runs from the initramfs, [`stage1`] from the verified
 //! root; [`supervise`] decides who is started, stopped and started again, in a time that it is told.
 
+pub mod boot;
 pub mod clock;
 pub mod cmdline;
 pub mod cni;

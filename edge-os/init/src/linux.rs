@@ -204,6 +204,16 @@ impl Kernel for Linux {
         file.sync_all()
     }
 
+    fn write_variable(&self, path: &str, bytes: &[u8]) -> io::Result<()> {
+        let mut options = fs::OpenOptions::new();
+        options.write(true).create(true).truncate(false).mode(0o644);
+        // Each write is a variable of its own, so a part of it would be another one.
+        match options.open(path)?.write(bytes)? {
+            written if written == bytes.len() => Ok(()),
+            _ => Err(io::ErrorKind::WriteZero.into()),
+        }
+    }
+
     fn append(&self, path: &str, bytes: &[u8]) -> io::Result<()> {
         fs::OpenOptions::new().append(true).create(true).mode(0o600).open(path)?.write_all(bytes)
     }

@@ -108,15 +108,13 @@ fn run_stage1(handover: Handover, resumed: bool) -> ExitCode {
     let console: &'static Console<'static> = Box::leak(Box::new(Console::new(&KERNEL)));
     let machine = match resumed {
         false => stage1::set_up(&KERNEL, console, handover),
-        true => Some(stage1::take_up(&KERNEL, console, handover)),
+        true => stage1::take_up(&KERNEL, console, handover),
     };
-    if let Some(machine) = machine {
-        let mut owner = Owner::new(machine);
-        if resumed {
-            owner.resume();
-        }
-        owner.run(signals);
+    let mut owner = Owner::new(machine);
+    if resumed {
+        owner.resume();
     }
+    owner.run(signals);
     wait_for_ever()
 }
 

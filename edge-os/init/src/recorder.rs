@@ -178,7 +178,7 @@ impl Machine {
         self.world().failures.clear();
     }
 
-    /// What a program that is run to its end answers.
+    /// What a program that is run to its end answers; of several answers each is given once, the last one for ever.
     pub(crate) fn answer(&self, program: &str, exit: Exit) {
         self.world().answers.push((program.into(), exit));
     }
@@ -481,6 +481,13 @@ impl Kernel for Machine {
         }
     }
 
+    fn write_variable(&self, path: &str, bytes: &[u8]) -> io::Result<()> {
+        let mut world = self.world();
+        world.note(format!("write_variable {path} {}", bytes.len()))?;
+        world.nodes.insert(path.into(), Node::File(bytes.to_vec()));
+        Ok(())
+    }
+
     fn append(&self, path: &str, bytes: &[u8]) -> io::Result<()> {
         let mut world = self.world();
         world.note(format!("append {path} {}", bytes.len()))?;
@@ -599,8 +606,16 @@ impl Kernel for Machine {
         let mut world = self.world();
         let line = argv.join(" ");
         world.note(format!("run {line}"))?;
-        let answer = world.answers.iter().find(|(program, _)| line.starts_with(program));
-        let exit = answer.map_or(Exit::Code(0), |(_, exit)| *exit);
+        let answers = world.answers.iter().enumerate();
+        let fit: Vec<usize> = answers
+            .filter(|(_, (program, _))| line.starts_with(program))
+            .map(|(at, _)| at)
+            .collect();
+        let exit = match fit[..] {
+            [] => Exit::Code(0),
+            [last] => world.answers[last].1,
+            [first, ..] => world.answers.remove(first).1,
+        };
         assert!(limit > Duration::ZERO);
         if exit == Exit::Code(0) && line.contains("mke2fs") {
             let device = argv.iter().find(|word| word.starts_with("/dev/")).expect("a device");

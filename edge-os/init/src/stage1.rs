@@ -21,7 +21,7 @@ use crate::stage0::{Handover, WATCHDOG, WATCHDOG_TIMEOUT};
 use crate::state::{self, State};
 use crate::supervise::{Action, Beat, REBOOTS_WITHIN, Supervisor};
 use crate::uevent::Uevent;
-use crate::{clock, linux, mounts, uevent};
+use crate::{boot, clock, linux, mounts, uevent};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
@@ -106,12 +106,12 @@ pub struct Machine {
     kernel_log_from: bool,
 }
 
-/// Mounts, modules, state, clock, names, cgroups. `None` when the machine has to be started again at once.
+/// Mounts, modules, state, clock, names, cgroups.
 pub fn set_up(
     kernel: &'static dyn Kernel,
     console: &'static Console<'static>,
     mut handover: Handover,
-) -> Option<Machine> {
+) -> Machine {
     for problem in &handover.problems {
         console.remember("first stage", problem.clone());
     }
@@ -180,13 +180,6 @@ pub fn set_up(
         State::Kept { new: false } => "checked and mounted",
         State::Degraded => "read-only, changes are kept in memory",
         State::Memory => "in memory",
-        State::Reboot => {
-            console.say(Word::State, "repaired; the check asks for another start");
-            kernel.sync();
-            let error = kernel.end(Ending::Reboot);
-            console.say(Word::Emergency, format_args!("could not start again: {error}"));
-            return None;
-        }
     };
     console.say(Word::State, how);
     let clock = match clock::set(kernel, image.epoch) {
@@ -206,7 +199,7 @@ pub fn set_up(
     logring::turn_kernel_log(kernel, KERNEL_LOG);
     // The address of a wired interface may be a part of the node's name.
     drop(coldplug);
-    Some(Machine {
+    Machine {
         kernel,
         console,
         modules,
@@ -218,7 +211,7 @@ pub fn set_up(
         machine_id,
         uevents,
         kernel_log_from: true,
-    })
+    }
 }
 
 /// The machine as it was brought up by this program before it failed; nothing is done to it.
@@ -407,6 +400,8 @@ pub struct Owner {
     next_keep: Duration,
     next_room: Duration,
     online: bool,
+    /// Whether the running version was marked as good, or could not be, in this boot.
+    blessed: bool,
     /// Whether a token is left at the site's source.
     token_left: bool,
     rings: BTreeMap<&'static str, Ring>,
@@ -446,6 +441,7 @@ impl Owner {
             next_keep: now + clock::KEEP_INTERVAL,
             next_room: now + ROOM_INTERVAL,
             online: false,
+            blessed: false,
             token_left: false,
             rings: BTreeMap::new(),
             outputs: BTreeMap::new(),
@@ -899,7 +895,7 @@ impl Owner {
             State::Kept { new: true } => "new",
             State::Kept { new: false } => "kept",
             State::Degraded => "degraded",
-            State::Memory | State::Reboot => "memory",
+            State::Memory => "memory",
         };
         let clock = match self.machine.clock {
             clock::Source::Rtc => "rtc",
@@ -1065,6 +1061,10 @@ impl Owner {
             let soon = now < Duration::from_secs(60) && !self.online;
             self.next_network = now + if soon { NETWORK_SOON } else { NETWORK_INTERVAL };
         }
+        if !self.blessed && self.is_healthy(now) {
+            self.blessed = true;
+            self.bless();
+        }
         if self.next_keep <= now {
             clock::keep(self.kernel());
             self.next_keep = now + clock::KEEP_INTERVAL;
@@ -1075,6 +1075,34 @@ impl Owner {
                 Some(problem) => self.console().problem("room", problem),
                 None => self.console().solved("room"),
             }
+        }
+    }
+
+    /// Whether the running version has proved itself: the node is at its hub, or all of it runs and only the hub is not
+    /// there. A state that cannot be written is no proof: another version may be able to.
+    fn is_healthy(&self, now: Duration) -> bool {
+        matches!(self.machine.state, State::Kept { .. })
+            && (self.supervisor.is_ready() || self.supervisor.is_sound(now))
+    }
+
+    fn bless(&self) {
+        let Machine { handover, image, modules, .. } = &self.machine;
+        let (modules, version) = (modules.as_deref(), image.version.as_str());
+        match boot::bless(self.kernel(), modules, &handover.disk, version) {
+            Ok(done) if done.counter => {
+                self.console().say(Word::Boot, format_args!("version {version} is good"));
+            }
+            Ok(_) => {}
+            Err(error) => {
+                let hint = "the machine starts this version again; if it is a new one, at most three times";
+                self.console().problem("boot", Problem::new(chain(&error), hint));
+            }
+        }
+        if let Some(other) = boot::passed_over(self.kernel(), modules, &handover.disk, version) {
+            let what =
+                format!("version {other} did not start in {} tries; {version} runs", boot::TRIES);
+            let hint = "send another version, or this one again";
+            self.console().problem("version", Problem::new(what, hint));
         }
     }
 
@@ -1266,7 +1294,7 @@ mod tests {
     }
 
     fn owner(machine: &'static recorder::Machine) -> Owner {
-        let up = set_up(machine, console(machine), handover()).expect("comes up");
+        let up = set_up(machine, console(machine), handover());
         Owner::new(Machine { kernel_log_from: false, ..up })
     }
 
@@ -1280,7 +1308,7 @@ mod tests {
     #[test]
     fn machine_comes_up_in_order() {
         let machine = machine();
-        let up = set_up(machine, console(machine), handover()).expect("comes up");
+        let up = set_up(machine, console(machine), handover());
         let log = machine.log();
         let mut rest = log.iter();
         for step in [
@@ -1382,20 +1410,11 @@ mod tests {
     }
 
     #[test]
-    fn check_that_asks_for_another_start_gets_it() {
-        let machine = machine();
-        machine.write_at("/dev/vda5", 1080, &[0x53, 0xef]).expect("fits");
-        machine.answer("/usr/sbin/e2fsck", Exit::Code(3));
-        assert!(set_up(machine, console(machine), handover()).is_none());
-        assert_eq!(machine.log_of("end Reboot").len(), 1);
-    }
-
-    #[test]
     fn mounts_that_fail_and_foreign_images_are_told_and_the_boot_goes_on() {
         let machine = machine();
         machine.fail("mount cgroup2", 1);
         machine.file(IMAGE, br#"{"version":"1.0","epoch":1,"arch":"arm64"}"#);
-        set_up(machine, console(machine), handover()).expect("comes up");
+        set_up(machine, console(machine), handover());
         assert!(machine.has_said("problem", "could not mount `/sys/fs/cgroup`"));
         assert!(machine.has_said("problem", "the image is for arm64, this machine is amd64"));
         assert!(machine.has_said("hint", "--arch amd64"));

@@ -56,8 +56,6 @@ pub enum State {
     Degraded,
     /// In memory: nothing on the disk can be used.
     Memory,
-    /// The check wants the machine to be started again.
-    Reboot,
 }
 
 /// What is on `device`.
@@ -106,7 +104,7 @@ pub fn open(
         State::Memory => kernel.mount(&mounts::state_in_memory("/state")),
         _ => Ok(()),
     };
-    if mounted.is_ok() && state != State::Reboot {
+    if mounted.is_ok() {
         for (path, mode) in mounts::STATE_FOLDERS {
             let _ = kernel.make_dir(path, mode); // on a full disk they are there already, or somebody else says so
         }
@@ -213,9 +211,16 @@ impl Open<'_> {
 
     fn check_and_mount(&self) -> (State, Option<Problem>) {
         let argv = ["/usr/sbin/e2fsck", "-p", self.device];
-        let problem = match self.kernel.run(&argv, CHECK_LIMIT, self.watchdog) {
+        let run = || self.kernel.run(&argv, CHECK_LIMIT, self.watchdog);
+        let checked = match run() {
+            // It asks for another start of the machine, which is for a filesystem that is mounted meanwhile. This one is
+            // not, so that it is enough to look again, and a disk that always says so cannot make the machine restart
+            // for ever.
+            Ok((Exit::Code(2 | 3), _)) => run(),
+            other => other,
+        };
+        let problem = match checked {
             Ok((Exit::Code(0 | 1), _)) => None,
-            Ok((Exit::Code(2 | 3), _)) => return (State::Reboot, None),
             Ok((exit, said)) => {
                 let said = said.lines().last().unwrap_or_default().to_owned();
                 return self.degrade(format!(
@@ -345,15 +350,38 @@ mod tests {
             (answer.0, answer.1.is_some(), machine)
         };
         assert_eq!(answer(Exit::Code(1)).0, State::Kept { new: false });
-        assert_eq!(answer(Exit::Code(2)).0, State::Reboot);
-        assert_eq!(answer(Exit::Code(3)).0, State::Reboot);
-        for bad in [Exit::Code(4), Exit::Code(12), Exit::Code(8), Exit::Signal(11)] {
+        for bad in [
+            Exit::Code(2),
+            Exit::Code(3),
+            Exit::Code(4),
+            Exit::Code(12),
+            Exit::Code(8),
+            Exit::Signal(11),
+        ] {
             let (state, told, machine) = answer(bad);
             assert_eq!((state, told), (State::Degraded, true), "{bad}");
             let mounts = machine.log_of("mount /dev/vda5");
             assert!(mounts[0].contains("/run/state-readonly ext4 ro"), "{mounts:?}");
             assert_eq!(machine.mounts()["/state"], "overlay");
         }
+    }
+
+    #[test]
+    fn check_that_asks_for_another_start_is_run_again_and_never_restarts_the_machine() {
+        let machine = machine();
+        open_it(&machine);
+        machine.clear_log();
+        machine.answer("/usr/sbin/e2fsck", Exit::Code(3));
+        machine.answer("/usr/sbin/e2fsck", Exit::Code(0));
+        assert_eq!(open_it(&machine), (State::Kept { new: false }, None));
+        assert_eq!(machine.log_of("run /usr/sbin/e2fsck").len(), 2);
+
+        let machine = self::machine();
+        open_it(&machine);
+        machine.answer("/usr/sbin/e2fsck", Exit::Code(2));
+        let (state, problem) = open_it(&machine);
+        assert_eq!(machine.log_of("run /usr/sbin/e2fsck").len(), 2);
+        assert_eq!((state, problem.is_some()), (State::Degraded, true));
     }
 
     #[test]

@@ -198,6 +198,20 @@ impl Supervisor {
         self.ready
     }
 
+    /// Whether everything that the node needs and that is wanted has been alive for [`GOOD_RUN`] without a stop.
+    pub fn is_sound(&self, now: Duration) -> bool {
+        let mut wanted = self.units.iter().filter(|unit| unit.service.vital).peekable();
+        let alive = |unit: &Unit| match unit.state {
+            State::Off => true, // such as the agent of a box that was not told what it is for
+            State::Running { since, ready, .. } => {
+                let fresh = now.saturating_sub(unit.alive) <= BEAT_MAX;
+                ready && fresh && now.saturating_sub(since) >= GOOD_RUN
+            }
+            _ => false,
+        };
+        wanted.peek().is_some() && wanted.all(alive)
+    }
+
     /// Whether the machine is about to end.
     pub fn is_ending(&self) -> bool {
         self.end.is_some()

@@ -38,15 +38,18 @@ struct RuntimeConfig {
     port_mappings: Option<Vec<Mapping>>,
 }
 
+/// The convention's names, and those of containerd: its structure has no names for JSON, so that they begin with a
+/// capital; plugins written in Go read both.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Mapping {
-    #[serde(default)]
+    #[serde(default, alias = "HostPort")]
     host_port: i64,
+    #[serde(alias = "ContainerPort")]
     container_port: i64,
-    #[serde(default)]
+    #[serde(default, alias = "Protocol")]
     protocol: String,
-    #[serde(default, rename = "hostIP")]
+    #[serde(default, rename = "hostIP", alias = "HostIP")]
     host_ip: String,
 }
 
@@ -213,6 +216,13 @@ mod tests {
         let v6 = maps(one("::1")).expect("fine");
         assert_eq!((v6.len(), v6[0].container_ip.is_ipv6()), (1, true));
         assert!(maps(json!([{"hostPort": 0, "containerPort": 80}])).expect("fine").is_empty());
+    }
+
+    #[test]
+    fn names_that_containerd_writes_are_read() {
+        let raw = json!([{"HostPort": 8080, "ContainerPort": 80, "Protocol": "tcp", "HostIP": "0.0.0.0"}]);
+        let map = maps(raw).expect("fine");
+        assert_eq!((map.len(), map[0].host_port, map[0].container_port), (1, 8080, 80));
     }
 
     #[test]
