@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use skerry_init::modindex::{self, glob};
+use skerry_init::service;
 
 use crate::deb::Kind;
 use crate::elf::{self, Links, Machine};
@@ -256,6 +257,7 @@ const EXTRA: &[(&str, &str)] = &[
 ];
 const CONTAINERD_CONFIG: &str = include_str!("../extra/etc/containerd/config.toml");
 const RUNC_CONFIG: &str = include_str!("../extra/runc.toml");
+const BROKER_CONFIG: &str = include_str!("../extra/etc/mosquitto/mosquitto.conf");
 
 /// Fetches, unpacks and reads everything that [`plan`] needs.
 ///
@@ -604,8 +606,23 @@ pub fn plan(request: &Request, catalogue: &Catalogue, inputs: &Inputs) -> Result
     for (path, target) in LINKS {
         root.link(path, target, OURS)?;
     }
+    let broker = with.contains("mosquitto");
     for (path, text) in EXTRA {
-        root.file(path, 0o644, Content::bytes(*text), OURS)?;
+        let mut text = (*text).to_owned();
+        // A user of its own; images without the broker have nobody but root.
+        let (name, id) = (service::BROKER, service::BROKER_ID);
+        match *path {
+            "etc/passwd" if broker => {
+                text += &format!("{name}:x:{id}:{id}::/nonexistent:/nonexistent\n");
+            }
+            "etc/group" if broker => text += &format!("{name}:x:{id}:\n"),
+            _ => {}
+        }
+        root.file(path, 0o644, Content::bytes(text), OURS)?;
+    }
+    if broker {
+        let path = service::BROKER_CONFIG.trim_start_matches('/');
+        root.file(path, 0o644, Content::bytes(BROKER_CONFIG), OURS)?;
     }
     let mut config = CONTAINERD_CONFIG.to_owned();
     if with.contains("runc") {

@@ -25,8 +25,28 @@ pub fn parts(image: &[u8]) -> Result<Parts> {
     Ok(Parts { linux: part(".linux")?.into(), initrd: part(".initrd")?.into(), cmdline })
 }
 
+/// Replaces every occurrence of a text in a section by another one of the same length; returns how many there were.
+pub fn replace(image: &mut [u8], name: &str, from: &str, to: &str) -> Result<usize> {
+    ensure!(from.len() == to.len() && !from.is_empty(), "`{from}` and `{to}` differ in length");
+    let range = place(image, name)?.with_context(|| format!("the UKI has no section `{name}`"))?;
+    let part = &mut image[range];
+    let mut count = 0;
+    for at in 0..=part.len().saturating_sub(from.len()) {
+        if part[at..].starts_with(from.as_bytes()) {
+            part[at..at + to.len()].copy_from_slice(to.as_bytes());
+            count += 1;
+        }
+    }
+    Ok(count)
+}
+
 /// The content of a section, without padding.
 pub fn section<'a>(image: &'a [u8], name: &str) -> Result<Option<&'a [u8]>> {
+    Ok(place(image, name)?.map(|range| &image[range]))
+}
+
+/// Where the content of a section lies in the file.
+fn place(image: &[u8], name: &str) -> Result<Option<std::ops::Range<usize>>> {
     let cut = "the file is no PE image";
     let u32_at = |at: usize| -> Result<usize> {
         let bytes = image.get(at..at + 4).context(cut)?;
@@ -50,7 +70,8 @@ pub fn section<'a>(image: &'a [u8], name: &str) -> Result<Option<&'a [u8]>> {
         let (virtual_size, raw_size, at) =
             (u32_at(header + 8)?, u32_at(header + 16)?, u32_at(header + 20)?);
         let size = virtual_size.min(raw_size);
-        return Ok(Some(image.get(at..at + size).context("a section lies behind the end")?));
+        ensure!(at + size <= image.len(), "a section lies behind the end");
+        return Ok(Some(at..at + size));
     }
     Ok(None)
 }
@@ -91,6 +112,16 @@ mod tests {
         assert_eq!(parts.cmdline, "quiet a=b");
         assert_eq!(parts.linux, b"kernel");
         assert_eq!(parts.initrd.len(), 512);
+    }
+
+    #[test]
+    fn text_of_a_section_is_replaced_there_and_nowhere_else() {
+        let mut uki = image(&[(".cmdline", b"a=1.0 b=1.0"), (".osrel", b"V=1.0")]);
+        assert_eq!(replace(&mut uki, ".cmdline", "1.0", "2.0").unwrap(), 2);
+        assert_eq!(section(&uki, ".cmdline").unwrap(), Some(&b"a=2.0 b=2.0"[..]));
+        assert_eq!(section(&uki, ".osrel").unwrap(), Some(&b"V=1.0"[..]));
+        assert!(replace(&mut uki, ".cmdline", "1.0", "10").is_err());
+        assert!(replace(&mut uki, ".linux", "1.0", "2.0").is_err());
     }
 
     #[test]

@@ -41,6 +41,7 @@ scenarios! {
     little_memory,
     secure_boot,
     corrupted_root,
+    bad_version,
     foreign_state,
     two_disks,
     small_disk,

@@ -6,6 +6,7 @@
 use crate::kernel::Kernel;
 use std::fmt;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Problems that are kept; a box with more has one that matters.
 pub const PROBLEMS_MAX: usize = 32;
@@ -37,6 +38,8 @@ pub enum Word {
     Containerd,
     /// EdgeCore.
     Agent,
+    /// The MQTT broker.
+    Broker,
     /// The link to the hub.
     Online,
     /// Connected, and the Node is registered.
@@ -65,6 +68,7 @@ impl fmt::Display for Word {
             Self::Network => "network",
             Self::Containerd => "containerd",
             Self::Agent => "agent",
+            Self::Broker => "broker",
             Self::Online => "online",
             Self::Ready => "ready",
             Self::Problem => "problem",
@@ -96,23 +100,34 @@ impl Problem {
 pub struct Console<'a> {
     kernel: &'a dyn Kernel,
     problems: Mutex<Vec<(&'static str, Problem)>>,
+    /// Only the kernel's log is written, and emergencies.
+    silent: AtomicBool,
 }
 
 impl<'a> Console<'a> {
     /// Nothing was said yet.
     pub fn new(kernel: &'a dyn Kernel) -> Self {
-        Self { kernel, problems: Mutex::new(Vec::new()) }
+        Self { kernel, problems: Mutex::new(Vec::new()), silent: AtomicBool::new(false) }
+    }
+
+    /// Whether the owner wants to see nothing there but emergencies; `false` at first.
+    pub fn silence(&self, silent: bool) {
+        self.silent.store(silent, Ordering::Relaxed);
     }
 
     /// One line.
     pub fn say(&self, word: Word, text: impl fmt::Display) {
         let now = self.kernel.uptime();
-        self.kernel.say(&format!(
+        let line = format!(
             "skerry: {}.{:03}: {word}: {}",
             now.as_secs(),
             now.subsec_millis(),
             plain(&text.to_string())
-        ));
+        );
+        match self.silent.load(Ordering::Relaxed) && word != Word::Emergency {
+            true => self.kernel.note(&line),
+            false => self.kernel.say(&line),
+        }
     }
 
     /// Tells of a problem of the part `of`, in place of the one that this part had. Says nothing when it is the same.
@@ -172,6 +187,20 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 mod tests {
     use super::*;
     use crate::recorder::Machine;
+
+    #[test]
+    fn silent_console_shows_emergencies_only_and_the_log_has_the_rest() {
+        let machine = Machine::new();
+        let console = Console::new(&machine);
+        console.silence(true);
+        console.problem("network", Problem::new("no answer", "plug it in"));
+        console.say(Word::Emergency, "the end");
+        assert_eq!(machine.said(), ["skerry: 0.000: emergency: the end"]);
+        assert_eq!(machine.log_of("note skerry: 0.000: problem: no answer").len(), 1);
+        console.silence(false);
+        console.say(Word::Ready, "again");
+        assert_eq!(machine.said().len(), 2);
+    }
 
     #[test]
     fn lines_have_seconds_word_and_one_line_of_text_and_a_problem_is_said_once() {

@@ -148,6 +148,8 @@ pub trait Kernel: Send + Sync {
 
     /// Makes a folder, with those above it.
     fn make_dir(&self, path: &str, mode: u32) -> io::Result<()>;
+    /// Gives a file or folder to a user and the group of the same number.
+    fn own(&self, path: &str, id: u32) -> io::Result<()>;
     /// Makes a link at `path`, in place of one that is there.
     fn link(&self, path: &str, target: &str) -> io::Result<()>;
     /// Where a link leads.
@@ -228,6 +230,8 @@ pub trait Kernel: Send + Sync {
 
     /// Writes one line to every console and to the kernel's log.
     fn say(&self, line: &str);
+    /// Writes one line to the kernel's log only.
+    fn note(&self, line: &str);
     /// Writes one line to every console only.
     fn show(&self, line: &str);
     /// Opens the kernel's device events; the descriptor does not block.

@@ -132,6 +132,10 @@ impl Kernel for Linux {
         fs::DirBuilder::new().recursive(true).mode(mode).create(path)
     }
 
+    fn own(&self, path: &str, id: u32) -> io::Result<()> {
+        std::os::unix::fs::lchown(path, Some(id), Some(id))
+    }
+
     fn link(&self, path: &str, target: &str) -> io::Result<()> {
         if fs::symlink_metadata(path).is_ok() {
             fs::remove_file(path)?;
@@ -540,6 +544,10 @@ impl Kernel for Linux {
 
     fn say(&self, line: &str) {
         self.show(line);
+        self.note(line);
+    }
+
+    fn note(&self, line: &str) {
         if let Ok(mut log) = fs::OpenOptions::new().write(true).open("/dev/kmsg") {
             // Level 6, facility daemon: below what `quiet` shows, so that the console has each line once.
             let _ = log.write_all(format!("<30>{line}").as_bytes());

@@ -189,38 +189,23 @@ pub const LATE_SYSCTLS: [(&str, &str); 4] = [
     ("net/ipv4/tcp_congestion_control", "bbr"),
 ];
 
-/// Modules that no device asks for. Each that is loaded here saves a start of `modprobe` at the first pod.
-pub const MODULES: [&str; 32] = [
+/// Modules that no device asks for: what the first pod needs with the plugins of this program, and the power button.
+/// Each that is loaded here saves a start of `modprobe` then; each that is not saves its time at every boot, so that
+/// what only other plugins ask for (`xt_*`, `nft_compat`) is left to the kernel's own asking.
+pub const MODULES: [&str; 15] = [
     "overlay",
     "veth",
     "bridge",
     "br_netfilter",
     "nf_tables",
-    "nft_compat",
     "nft_chain_nat",
     "nft_ct",
     "nft_nat",
     "nft_masq",
-    "nft_redir",
-    "nft_reject_inet",
     "nft_fib_inet",
-    "nft_numgen",
     "nf_conntrack_netlink",
-    "xt_MASQUERADE",
-    "xt_comment",
-    "xt_mark",
-    "xt_addrtype",
-    "xt_tcpudp",
-    "xt_nat",
-    "xt_multiport",
-    "xt_conntrack",
     "sch_fq",
     "tcp_bbr",
-    "inet_diag",
-    "tcp_diag",
-    "loop",
-    "tun",
-    "8021q",
     "evdev",
     "button",
 ];

@@ -40,6 +40,8 @@ const CIDATA: &str = "cidata";
 const FILE: &str = "site.toml";
 /// First line of a `user-data` that is meant for us.
 const USER_DATA_MARK: &str = "#skerry";
+/// Mistakes of a file that are told at once; a console has short lines.
+const MISTAKES_SHOWN: usize = 3;
 /// Block devices that are looked at.
 const VOLUMES_MAX: usize = 128;
 /// Bytes that a label is found in: boot sector of FAT, descriptor of ISO 9660.
@@ -215,16 +217,17 @@ fn same_without_token(one: &Found, other: &Found) -> bool {
 }
 
 fn broken(source: &Source, error: &SiteError) -> Problem {
-    let more = match error.mistakes.len() {
-        0 | 1 => String::new(),
-        count => format!(" (and {} more)", count - 1),
-    };
-    match error.mistakes.first() {
-        Some(first) => {
-            Problem::new(format!("site.toml from {source}, {first}{more}"), first.hint.clone())
-        }
-        None => Problem::new(format!("site.toml from {source} cannot be used"), ""),
+    let shown = &error.mistakes[..error.mistakes.len().min(MISTAKES_SHOWN)];
+    let mut what: Vec<_> = shown.iter().map(ToString::to_string).collect();
+    if error.mistakes.len() > shown.len() {
+        what.push(format!("and {} more", error.mistakes.len() - shown.len()));
     }
+    if what.is_empty() {
+        what.push("it cannot be used".into());
+    }
+    let hints = shown.iter().map(|one| one.hint.as_str()).filter(|hint| !hint.is_empty());
+    let hints: Vec<_> = hints.collect();
+    Problem::new(format!("site.toml from {source}, {}", what.join("; ")), hints.join("; "))
 }
 
 /// What is said when there is no file at all.

@@ -358,6 +358,10 @@ impl Kernel for Machine {
         Ok(())
     }
 
+    fn own(&self, path: &str, id: u32) -> io::Result<()> {
+        self.world().note(format!("own {path} {id}"))
+    }
+
     fn link(&self, path: &str, target: &str) -> io::Result<()> {
         let mut world = self.world();
         world.note(format!("link {path} {target}"))?;
@@ -662,6 +666,10 @@ impl Kernel for Machine {
 
     fn say(&self, line: &str) {
         self.world().said.push(line.into());
+    }
+
+    fn note(&self, line: &str) {
+        self.world().log.push(format!("note {line}"));
     }
 
     fn show(&self, line: &str) {

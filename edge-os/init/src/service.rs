@@ -38,6 +38,16 @@ pub const NETWORK: &str = "network";
 pub const CONTAINERD: &str = "containerd";
 /// Name of the agent.
 pub const AGENT: &str = "edgecore";
+/// Name of the MQTT broker, and of the user that it runs as; only in images that have the program.
+pub const BROKER: &str = "mosquitto";
+/// User and group of the broker.
+pub const BROKER_ID: u32 = 100;
+/// Its program.
+pub const BROKER_PROGRAM: &str = "/usr/sbin/mosquitto";
+/// Its configuration, in the root.
+pub const BROKER_CONFIG: &str = "/etc/mosquitto/mosquitto.conf";
+/// Where it keeps what is retained, as the configuration says.
+pub const BROKER_FOLDER: &str = "/var/lib/mosquitto";
 /// Name of the shell of the debug variant.
 pub const SHELL: &str = "shell";
 /// The runtime's socket.
@@ -90,6 +100,11 @@ pub fn services(debug: bool) -> Vec<Service> {
             stop_s: 5,
             ..service(AGENT, &["/usr/bin/edgecore", "run", "--config", AGENT_CONFIG], "system/edge")
         },
+        Service {
+            oom_score: -500,
+            without_capabilities: &NOT_FOR_THE_AGENT,
+            ..service(BROKER, &[BROKER_PROGRAM, "-c", BROKER_CONFIG], "system/mgmt")
+        },
     ];
     if debug {
         all.push(Service {
@@ -137,7 +152,7 @@ mod tests {
     #[test]
     fn production_has_no_shell_and_every_cgroup_of_a_service_is_made() {
         let names: Vec<_> = services(false).iter().map(|one| one.name).collect();
-        assert_eq!(names, [NETWORK, CONTAINERD, AGENT]);
+        assert_eq!(names, [NETWORK, CONTAINERD, AGENT, BROKER]);
         assert_eq!(services(true).last().map(|one| one.name), Some(SHELL));
         for service in services(true) {
             assert!(CGROUPS.contains(&service.cgroup), "{}", service.cgroup);
@@ -150,7 +165,7 @@ mod tests {
         for service in services(false) {
             let launch = service.launch(Some("http://proxy:3128"));
             let has = launch.env.iter().any(|(key, _)| key == "HTTPS_PROXY");
-            assert_eq!(has, service.name != NETWORK);
+            assert_eq!(has, [CONTAINERD, AGENT].contains(&service.name));
             assert!(launch.env.iter().any(|(key, value)| key == "PATH" && value.contains("sbin")));
         }
     }

@@ -15,7 +15,7 @@ use crate::kernel::{Ending, Exit, Kernel, Mount, NODEV, NOSUID, RDONLY, REMOUNT,
 use crate::logring::{self, Ring};
 use crate::modules::Modules;
 use crate::provision::{self, Decision, Source};
-use crate::service::{self, AGENT, CONTAINERD, NETWORK, SHELL, services};
+use crate::service::{self, AGENT, BROKER, CONTAINERD, NETWORK, SHELL, services};
 use crate::site::{Places, Site};
 use crate::stage0::{Handover, WATCHDOG, WATCHDOG_TIMEOUT};
 use crate::state::{self, State};
@@ -393,8 +393,8 @@ pub struct Owner {
     supervisor: Supervisor,
     site: Option<Site>,
     source: Option<Source>,
-    /// Whether the site was looked for since a device came.
-    looked: bool,
+    /// Whether a file was found that is of no use, and was told so.
+    broken: bool,
     next_look: Duration,
     next_network: Duration,
     next_keep: Duration,
@@ -435,7 +435,7 @@ impl Owner {
             machine,
             site: None,
             source: None,
-            looked: false,
+            broken: false,
             next_look: now,
             next_network: now,
             next_keep: now + clock::KEEP_INTERVAL,
@@ -471,7 +471,8 @@ impl Owner {
     /// Looks for the site and wants the services that follow from it and from how the machine is.
     pub fn begin(&mut self) {
         self.look_for_site();
-        let first = self.site.is_none() && !self.kernel().exists(provision::STORED);
+        let first =
+            self.site.is_none() && !self.broken && !self.kernel().exists(provision::STORED);
         if first && self.machine.handover.first_boot {
             let end = self.kernel().uptime() + STICK_WAIT;
             while self.site.is_none() && self.kernel().uptime() < end {
@@ -482,7 +483,7 @@ impl Owner {
                 }
             }
         }
-        if self.site.is_none() {
+        if self.site.is_none() && !self.broken {
             self.tell_of_nothing();
         }
         let now = self.kernel().uptime();
@@ -490,6 +491,11 @@ impl Owner {
         // Without a disk for images and snapshots there is nothing that pods could run on.
         if matches!(self.machine.state, State::Kept { .. }) {
             self.supervisor.want(now, CONTAINERD);
+        }
+        if self.kernel().exists(service::BROKER_PROGRAM) {
+            let _ = self.kernel().make_dir(service::BROKER_FOLDER, 0o700);
+            let _ = self.kernel().own(service::BROKER_FOLDER, service::BROKER_ID); // its log says what it lacks
+            self.supervisor.want(now, BROKER);
         }
         self.supervisor.want(now, SHELL);
         self.want_agent(now);
@@ -945,7 +951,6 @@ impl Owner {
     /// Looks at all sources and takes what holds.
     fn look_for_site(&mut self) {
         let kernel = self.kernel();
-        self.looked = true;
         self.next_look = kernel.uptime() + LOOK_INTERVAL;
         let handover = &self.machine.handover;
         let modules = self.machine.modules.as_deref();
@@ -959,6 +964,7 @@ impl Owner {
             Site::without_token(&found.text).is_some() && !(handed && enrolled)
         });
         let (decision, problem) = provision::decide(found, provision::stored(kernel), enrolled);
+        self.broken = problem.is_some() && matches!(decision, Decision::None);
         match problem {
             Some(problem) => self.console().problem("site", problem),
             None if !matches!(decision, Decision::None) => self.console().solved("site"),
@@ -994,6 +1000,8 @@ impl Owner {
         self.console().solved("name");
         self.console().solved("nothing");
         let revision = site.revision;
+        // Before the first line about it; the debug variant is there to be looked at.
+        self.console().silence(!site.console && !self.machine.debug);
         self.console().say(
             Word::Site,
             format_args!("node {name} from {} (revision {revision}, sha256 {hash})", found.source),
@@ -1363,6 +1371,18 @@ mod tests {
     }
 
     #[test]
+    fn broker_is_started_where_the_image_has_one() {
+        let machine = machine();
+        machine.file(service::BROKER_PROGRAM, b"");
+        let mut owner = owner(machine);
+        owner.begin();
+        settle(&mut owner);
+        let log = machine.log();
+        let at = |line: &str| log.iter().position(|one| one.starts_with(line)).expect(line);
+        assert!(at("own /var/lib/mosquitto 100") < at("start /usr/sbin/mosquitto -c /etc/mosquitto"));
+    }
+
+    #[test]
     fn broken_site_is_told_with_line_and_hint_and_the_rest_runs() {
         let machine = machine();
         let text = SITE.replace("name = \"edge-1\"", "nam = \"edge-1\"");
@@ -1375,7 +1395,10 @@ mod tests {
             "{:#?}",
             machine.said()
         );
-        assert!(machine.has_said("hint", ""));
+        assert!(machine.has_said("hint", "name"));
+        // All that is wrong at once, and not that there is no file, which would send somebody for another stick.
+        assert!(machine.has_said("problem", "; line "), "{:#?}", machine.said());
+        assert!(!machine.has_said("problem", "was not told"));
         assert_eq!(machine.log_of("start ").len(), 2);
     }
 

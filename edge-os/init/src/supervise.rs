@@ -20,7 +20,7 @@
 
 use crate::console::{Problem, Word};
 use crate::kernel::{Ending, Exit};
-use crate::service::{AGENT, CONTAINERD, NETWORK, Service};
+use crate::service::{AGENT, BROKER, CONTAINERD, NETWORK, Service};
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -593,6 +593,7 @@ fn word(name: &str) -> Word {
         NETWORK => Word::Network,
         CONTAINERD => Word::Containerd,
         AGENT => Word::Agent,
+        BROKER => Word::Broker,
         _ => Word::Stage1,
     }
 }
@@ -603,6 +604,7 @@ fn part(name: &str) -> &'static str {
         NETWORK => "network service",
         CONTAINERD => CONTAINERD,
         AGENT => AGENT,
+        BROKER => BROKER,
         _ => "service",
     }
 }
