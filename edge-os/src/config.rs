@@ -29,6 +29,11 @@ pub const KEYS: [(&str, &str); 19] = [
         "tunnel",
         "address of the log tunnel, `wss://host:10004`; no logs from the cluster without it",
     ),
+    (
+        "proxy",
+        "HTTP proxy through which hub, enrolment and tunnel are reached (`CONNECT`), `http://host:3128`; QUIC is then off \
+         unless `quic` has an address",
+    ),
     ("token", "join token; needed once"),
     ("tokenFile", "file with the join token, instead of `token`"),
     ("dir", "directory for the database and certificates (required)"),
@@ -50,6 +55,8 @@ pub const KEYS: [(&str, &str); 19] = [
     ),
 ];
 
+/// Usual port of HTTP proxies.
+const PROXY_PORT: u16 = 3128;
 /// Port of the hub's QUIC listener.
 pub const QUIC_PORT: u16 = 10001;
 /// Time between two signs of life when the file says nothing: under the 30 s after which many NATs forget a UDP flow.
@@ -127,6 +134,8 @@ pub struct Endpoint {
     pub host: String,
     /// TCP port.
     pub port: u16,
+    /// The HTTP proxy on the way to it.
+    pub via: Option<Box<Endpoint>>,
 }
 
 /// Why there is no configuration.
@@ -220,7 +229,7 @@ impl Config {
         match (&self.quic, self.hubs.get(hub)?) {
             (Quic::Off, _) => None,
             (Quic::At(endpoint), _) if hub == 0 => Some(endpoint.clone()),
-            (_, hub) => Some(Endpoint { host: hub.host.clone(), port: QUIC_PORT }),
+            (_, hub) => Some(Endpoint { port: QUIC_PORT, via: None, ..hub.clone() }),
         }
     }
 
@@ -254,7 +263,7 @@ impl Endpoint {
         if host.is_empty() || host.contains(['/', '@', '?', ' ']) {
             return Err(bad());
         }
-        Ok(Self { host: host.into(), port })
+        Ok(Self { host: host.into(), port, via: None })
     }
 }
 
@@ -305,12 +314,19 @@ impl Fields {
             );
         }
         let hubs = hubs.iter().filter(|hub| !hub.starts_with("quic://")).collect::<Vec<_>>();
-        let hubs = hubs.iter().filter_map(|hub| self.endpoint("hub", hub, "wss", 10000)).collect();
+        let proxy = self.text("proxy");
+        let proxy = proxy.and_then(|url| self.endpoint("proxy", &url, "http", PROXY_PORT));
+        let through =
+            |endpoint: Endpoint| Endpoint { via: proxy.clone().map(Box::new), ..endpoint };
+        let hubs = hubs.iter().filter_map(|hub| self.endpoint("hub", hub, "wss", 10000));
+        let hubs = hubs.map(through).collect();
         // In YAML a bare `off` is `false`.
         let off = self.fields.get("quic") == Some(&Value::Bool(false));
         let quic = match (off && self.fields.remove("quic").is_some(), self.text("quic").as_deref())
         {
             (true, _) | (_, Some("off")) => Quic::Off,
+            // A proxy takes no UDP, and where there is one there is seldom another way out.
+            (_, None) if proxy.is_some() => Quic::Off,
             (_, None) => Quic::Default,
             (_, Some(url)) => {
                 self.endpoint("quic", url, "quic", QUIC_PORT).map_or(Quic::Off, Quic::At)
@@ -331,10 +347,11 @@ impl Fields {
         let enrol = self.text("enrol").unwrap_or_else(|| self.missing("enrol"));
         let enrol = match enrol.as_str() {
             "" => None,
-            enrol => self.endpoint("enrol", enrol, "https", 10002),
+            enrol => self.endpoint("enrol", enrol, "https", 10002).map(through),
         };
         let tunnel =
             self.text("tunnel").and_then(|url| self.endpoint("tunnel", &url, "wss", 10004));
+        let tunnel = tunnel.map(through);
         let token = match (self.text("token"), self.text("tokenFile")) {
             (Some(_), Some(_)) => {
                 self.mistakes.push("token and tokenFile are both given".into());
@@ -394,7 +411,7 @@ impl Fields {
             hubs,
             quic,
             beat,
-            enrol: enrol.unwrap_or(Endpoint { host: String::new(), port: 0 }),
+            enrol: enrol.unwrap_or(Endpoint { host: String::new(), port: 0, via: None }),
             tunnel,
             token,
             dir,
@@ -451,10 +468,27 @@ mod tests {
     #[test]
     fn least_configuration_gets_its_defaults() {
         let config = check(LEAST).expect("enough");
-        assert_eq!(config.hubs, [Endpoint { host: "10.0.0.1".into(), port: 10000 }]);
+        assert_eq!(config.hubs, [Endpoint { host: "10.0.0.1".into(), port: 10000, via: None }]);
         assert_eq!(config.enrol.to_string(), "hub.example:10002");
         assert_eq!(config.pod_dir, Path::new("/var/lib/skerry/kubelet"));
         assert_eq!(config.tunnel, None);
+    }
+
+    #[test]
+    fn proxy_is_on_the_way_to_everything_by_tcp_and_switches_quic_off() {
+        let config = check(&format!("{LEAST}tunnel: wss://t\nproxy: http://proxy.example\n"));
+        let config = config.expect("fine");
+        let via = |endpoint: &Endpoint| endpoint.via.as_ref().map(ToString::to_string);
+        let all = [&config.hubs[0], &config.enrol, config.tunnel.as_ref().expect("given")];
+        assert!(all.iter().all(|one| via(one).as_deref() == Some("proxy.example:3128")));
+        assert_eq!(config.quic_of(0), None);
+        let config = check(&format!("{LEAST}proxy: http://p:1\nquic: quic://c:7\n")).expect("fine");
+        assert_eq!(
+            config.quic_of(0).map(|at| (at.to_string(), at.via)),
+            Some(("c:7".into(), None))
+        );
+        let error = check(&format!("{LEAST}proxy: socks://p:1\n")).expect_err("no such scheme");
+        assert!(error.contains("proxy: `socks://p:1`"), "{error}");
     }
 
     #[test]
@@ -505,7 +539,7 @@ mod tests {
         text += "quic: quic://hub.example\nbeat: 60\ntunnel: wss://[::1]:10004\ntokenFile: /t\npodDir: /p\npodLogDir: /l\nruntimeSocket: unix:///r.sock\n\
             nodeIP: 10.0.0.2\nlabels: {site: lisbon}\nclusterDNS: [10.0.0.53]\nclusterDomain: x\ncgroupRoot: \"\"\nresolvConf: /r\nmetaServer: 127.0.0.1:10550\n";
         let config = check(&text).expect("all known");
-        let quic = Endpoint { host: "hub.example".into(), port: 10001 };
+        let quic = Endpoint { host: "hub.example".into(), port: 10001, via: None };
         assert_eq!((config.quic_of(0), config.beat), (Some(quic), Duration::from_secs(60)));
         assert_eq!(config.tunnel.map(|tunnel| tunnel.to_string()), Some("[::1]:10004".into()));
         assert_eq!(config.runtime_socket, Path::new("/r.sock"));

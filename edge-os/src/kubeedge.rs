@@ -518,7 +518,7 @@ modules:
         assert_eq!(read.local_port, 10351);
         let config = Config::parse(Path::new("edgecore.yaml"), LEAST).expect("a configuration");
         assert_eq!(config.node_name, "edge1");
-        assert_eq!(config.hubs, [Endpoint { host: "10.1.2.3".into(), port: 10000 }]);
+        assert_eq!(config.hubs, [Endpoint { host: "10.1.2.3".into(), port: 10000, via: None }]);
         assert_eq!(config.enrol.to_string(), "10.1.2.3:10002");
         assert_eq!(config.tunnel.map(|tunnel| tunnel.to_string()), Some("10.1.2.3:10004".into()));
         assert_eq!(config.dir, Path::new("/data/skerry"));

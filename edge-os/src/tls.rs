@@ -14,10 +14,12 @@ use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -196,7 +198,10 @@ pub async fn connect(
     let name = ServerName::try_from(endpoint.host.clone())
         .map_err(|_| TlsError::Host(endpoint.host.clone()))?;
     let dial = async {
-        let tcp = TcpStream::connect((endpoint.host.as_str(), endpoint.port)).await?;
+        let tcp = match &endpoint.via {
+            None => TcpStream::connect((endpoint.host.as_str(), endpoint.port)).await?,
+            Some(proxy) => through(proxy, endpoint).await?,
+        };
         tcp.set_nodelay(true)?;
         crate::link::tcp::tune(&tcp);
         TlsConnector::from(config).connect(name, tcp).await
@@ -207,6 +212,30 @@ pub async fn connect(
         Err(_) => Err(TlsError::Timeout { endpoint: endpoint.clone() }),
     }
 }
+
+/// Has a proxy connect to an endpoint; what follows on the stream is between the endpoint and us.
+async fn through(proxy: &Endpoint, endpoint: &Endpoint) -> io::Result<TcpStream> {
+    let mut stream = TcpStream::connect((proxy.host.as_str(), proxy.port)).await?;
+    let request = format!("CONNECT {endpoint} HTTP/1.1\r\nHost: {endpoint}\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut head = Vec::new();
+    // A byte at a time: what comes behind the head is not ours to take.
+    while !head.ends_with(b"\r\n\r\n") {
+        if head.len() == PROXY_HEAD_LEN_MAX {
+            return Err(io::Error::other(format!("proxy `{proxy}` does not answer as one")));
+        }
+        head.push(stream.read_u8().await?);
+    }
+    let head = String::from_utf8_lossy(&head);
+    let first = head.lines().next().unwrap_or_default();
+    match first.split_whitespace().nth(1) {
+        Some(code) if code.starts_with('2') => Ok(stream),
+        _ => Err(io::Error::other(format!("proxy `{proxy}` refused: {first}"))),
+    }
+}
+
+/// Longest answer of a proxy.
+const PROXY_HEAD_LEN_MAX: usize = 8 * 1024;
 
 /// Checks chain, usage and name of a server certificate as usual, and its validity at the latest proven time.
 #[derive(Debug)]
@@ -329,6 +358,38 @@ mod tests {
         BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
         SanType, date_time_ymd,
     };
+
+    #[tokio::test]
+    async fn proxy_connects_to_the_endpoint_or_says_why_not() {
+        for (answer, refused) in [
+            ("HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\nhello", None),
+            ("HTTP/1.1 403 Forbidden\r\n\r\n", Some("403 Forbidden")),
+            (&*"x".repeat(PROXY_HEAD_LEN_MAX + 1), Some("does not answer as one")),
+        ] {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("binds");
+            let port = listener.local_addr().expect("bound").port();
+            let proxy = Endpoint { host: "127.0.0.1".into(), port, via: None };
+            let hub = Endpoint { host: "hub.example".into(), port: 10000, via: None };
+            let serve = async {
+                let (mut near, _) = listener.accept().await.expect("comes");
+                let mut request = vec![0; 63];
+                near.read_exact(&mut request).await.expect("a request");
+                near.write_all(answer.as_bytes()).await.expect("taken");
+                (String::from_utf8(request).expect("text"), near)
+            };
+            let ((request, _near), answered) = tokio::join!(serve, through(&proxy, &hub));
+            assert!(request.starts_with("CONNECT hub.example:10000 HTTP/1.1\r\nHost: hub.example"));
+            match (answered, refused) {
+                (Ok(mut stream), None) => {
+                    let mut rest = [0; 5];
+                    stream.read_exact(&mut rest).await.expect("what came behind the head");
+                    assert_eq!(&rest, b"hello");
+                }
+                (Err(error), Some(words)) => assert!(error.to_string().contains(words), "{error}"),
+                (answered, _) => panic!("{answered:?} for {answer}"),
+            }
+        }
+    }
 
     struct Ca {
         der: Vec<u8>,

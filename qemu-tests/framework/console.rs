@@ -17,6 +17,10 @@ const LINE_MAX: usize = 4096;
 const LOOK: Duration = Duration::from_millis(200);
 /// Lines that an error shows.
 const TAIL: usize = 12;
+/// What the kernel writes when the emulated timer did not tick while it looked for it: on a busy host QEMU's threads get
+/// their time too late. Nothing of the image has run by then.
+const FAULTS: [&str; 2] =
+    ["IO-APIC + timer doesn't work", "timer doesn't work through Interrupt-remapped IO-APIC"];
 /// Beginning of our own lines.
 const OURS: &str = "skerry: ";
 
@@ -254,6 +258,12 @@ impl Console {
         self.lock().lines.iter().skip(mark).find(|line| want.matches(line)).cloned()
     }
 
+    /// The line that shows that the emulation was at fault, if there is one.
+    pub fn fault(&self) -> Option<String> {
+        let find = |text: &&str| self.find(0, Want::Text(text));
+        FAULTS.iter().find_map(find).map(|line| line.text)
+    }
+
     /// Waits for one of several things among the lines from `mark` on; returns its place in `wants` and its line.
     pub fn wait_any(
         &self,
@@ -421,6 +431,18 @@ mod tests {
         console.wait_off(bound).unwrap();
         let error = console.wait(0, Want::Word("ready"), bound).unwrap_err();
         assert!(matches!(error, WaitError::Off { .. }), "{error}");
+    }
+
+    #[test]
+    fn fault_of_the_emulation_is_told_from_a_panic_of_the_product() {
+        let (console, mut pipe) = console();
+        writeln!(pipe, "Kernel panic - not syncing: dm-verity device corrupted").unwrap();
+        console.wait(0, Want::Text("dm-verity"), Bound::wall_s(10)).unwrap();
+        assert_eq!(console.fault(), None);
+        writeln!(pipe, "Kernel panic - not syncing: IO-APIC + timer doesn't work!  Boot with")
+            .unwrap();
+        console.wait(0, Want::Text("IO-APIC"), Bound::wall_s(10)).unwrap();
+        assert!(console.fault().is_some_and(|line| line.starts_with("Kernel panic")));
     }
 
     #[test]

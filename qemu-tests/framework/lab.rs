@@ -81,7 +81,12 @@ impl Lab {
         std::fs::write(&initrd, parts.initrd)?;
         let qemu = PathBuf::from("qemu-system-x86_64");
         let accel = accel(&qemu, &linux);
-        let kernel = Boot::Kernel { linux, initrd: Some(initrd), cmdline: parts.cmdline };
+        let mut cmdline = parts.cmdline;
+        if accel.0 == Accel::Tcg {
+            // The kernel looks whether its timer ticks, and panics when a busy host lets QEMU's tick too late.
+            cmdline += " no_timer_check";
+        }
+        let kernel = Boot::Kernel { linux, initrd: Some(initrd), cmdline };
         let firmware = crate::firmware::find(&inputs.firmware).map_err(|error| error.to_string());
         let hub = Hub::start(&inputs.programs, &dir.join("hub"))?;
         let clock = Server::start();
@@ -180,11 +185,21 @@ impl Lab {
         eprintln!("pilot:            making the disk of node {NODE}");
         let disk = self.new_disk()?;
         let plan = self.kernel_machine(NODE).disk(disk.clone());
-        let mut machine = self.provisioned(plan, &self.site(NODE)?)?.start()?;
-        if self.inputs.show_consoles {
-            machine.console().follow(NODE);
+        let plan = self.provisioned(plan, &self.site(NODE)?)?;
+        let start = || -> Result<_> {
+            let machine = plan.start()?;
+            if self.inputs.show_consoles {
+                machine.console().follow(NODE);
+            }
+            let ready = machine.expect(Want::Word("ready"), READY);
+            Ok((machine, ready))
+        };
+        let (mut machine, mut ready) = start()?;
+        if let (Err(_), Some(fault)) = (&ready, machine.console().fault()) {
+            eprintln!("pilot: {NODE}: started again, the emulation was at fault: {fault}");
+            (machine, ready) = start()?;
         }
-        machine.expect(Want::Word("ready"), READY)?;
+        ready?;
         self.hub.wait("running app", PATIENCE, |hub| {
             let pods = hub.pods(NAMESPACE, APP)?;
             ensure!(pods.iter().any(|pod| pod.ready), "{pods:?}");

@@ -123,6 +123,8 @@ pub struct Outcome {
     pub verdict: Verdict,
     /// Why not.
     pub reason: Option<String>,
+    /// It was played a second time, because in the first the emulation was at fault; how that showed.
+    pub repeated: Option<String>,
     /// What was seen.
     pub evidence: Evidence,
 }
@@ -244,6 +246,10 @@ fn section(page: &mut String, outcome: &Outcome) {
     }
     if let Some(reason) = &outcome.reason {
         put(page, format_args!("<pre class=\"reason\">{}</pre>", text(reason)));
+    }
+    if let Some(fault) = &outcome.repeated {
+        let words = "Played a second time; in the first the emulation was at fault:";
+        put(page, format_args!("<p>{words} <code>{}</code></p>", text(fault)));
     }
     if !evidence.asserted.is_empty() {
         page.push_str("<ul class=\"checks\">");
@@ -459,6 +465,7 @@ pub(crate) mod tests {
             method: String::new(),
             verdict,
             reason: (verdict == Verdict::Failed).then(|| "no `ready`".into()),
+            repeated: Some("IO-APIC + timer doesn't work".into()),
             evidence: evidence(),
         };
         let report = Report {
@@ -482,6 +489,7 @@ pub(crate) mod tests {
             "skerry: 8.1: ready: &lt;joined&gt;",
             "<svg",
             "no `ready`",
+            "IO-APIC + timer",
         ] {
             assert!(page.contains(part), "{part}");
         }

@@ -40,10 +40,16 @@ impl Scenario {
         paragraphs(self.source).into_iter().skip(1).collect::<Vec<_>>().join("\n")
     }
 
-    /// Runs it and gathers what was seen.
+    /// Runs it and gathers what was seen. A scenario that failed because of the emulation is played once more.
     pub fn play(&self, lab: &Lab) -> Outcome {
         let mut stage = Stage::new(lab);
-        let result = (self.run)(&mut stage);
+        let mut result = (self.run)(&mut stage);
+        let repeated = result.as_ref().err().and_then(|_| stage.fault());
+        if let Some(fault) = &repeated {
+            eprintln!("pilot: {}: played again, the emulation was at fault: {fault}", self.name);
+            stage = Stage::new(lab);
+            result = (self.run)(&mut stage);
+        }
         let (verdict, reason) = match &result {
             Ok(()) => (Verdict::Passed, None),
             Err(error) => match error.downcast_ref::<Skipped>() {
@@ -57,6 +63,7 @@ impl Scenario {
             method: self.method(),
             verdict,
             reason,
+            repeated,
             evidence: stage.evidence(),
         }
     }
@@ -200,6 +207,11 @@ impl<'a> Stage<'a> {
     /// Ends the scenario: it cannot be played here.
     pub fn skip(&self, why: impl Into<String>) -> anyhow::Error {
         anyhow::Error::new(Skipped(why.into()))
+    }
+
+    /// What a machine has written when QEMU, not the product, was at fault.
+    fn fault(&self) -> Option<String> {
+        self.machines.iter().find_map(|watched| watched.console.fault())
     }
 
     fn evidence(self) -> Evidence {

@@ -20,18 +20,18 @@ macro_rules! scenarios {
 
 // `ci` marks those that `cargo xtask test` plays.
 scenarios! {
-    first_boot_uefi: ci,
-    first_boot_kernel,
+    first_boot_uefi,
+    first_boot_kernel: ci,
     workload_from_push: ci,
-    cut_and_heal: ci,
+    cut_and_heal,
     power_cut_offline: ci,
     usb_stick,
     smbios,
     no_site_file,
-    wrong_token,
+    wrong_token: ci,
     wrong_ca,
     expired_token,
-    broken_site_file: ci,
+    broken_site_file,
     duplicate_name,
     no_network,
     no_dhcp,

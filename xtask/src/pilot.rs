@@ -30,6 +30,21 @@ pub(crate) struct Args {
     output: String,
 }
 
+impl Args {
+    /// The scenarios that are marked for CI, with programs that are there after the tests.
+    pub(crate) fn ci() -> Self {
+        Self {
+            report: None,
+            only: Vec::new(),
+            list: false,
+            ci: true,
+            profile: build::QUICK.into(),
+            hold: 1,
+            output: "table".into(),
+        }
+    }
+}
+
 /// Builds what is needed and plays the scenarios.
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if args.list {

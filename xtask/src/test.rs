@@ -1,9 +1,10 @@
-//! Everything that CI runs: style, lints, tests of all rooms, the smoke run, the kubectl suite.
+//! Everything that CI runs: style, lints, tests of all rooms, the smoke run, the kubectl suite, some scenarios of the pilot.
 //!
-//! Virtual machines are not in it yet: `cargo xtask pilot --ci` plays the scenarios that are meant for it.
+//! Of the pilot only those that are marked for it are played, with unoptimised programs: `cargo xtask pilot --list` shows
+//! which, the run names them, and `cargo xtask pilot` plays all.
 
-use crate::{conformance, setup, sh, up};
-use anyhow::{Result, ensure};
+use crate::{conformance, pilot, setup, sh, up};
+use anyhow::{Context, Result, ensure};
 use std::process::ExitCode;
 
 /// Runs it all; the first failure ends the run.
@@ -22,6 +23,11 @@ pub(crate) fn run(quick: bool) -> Result<()> {
         ensure!(smoke == ExitCode::SUCCESS, "the smoke run failed");
         let suite = conformance::run(conformance::Args::embedded("dev"))?;
         ensure!(suite == ExitCode::SUCCESS, "the kubectl suite failed");
+        let machines = pilot::run(&pilot::Args::ci()).context(
+            "the pilot could not be played; it needs QEMU and the Debian packages of image/packages.lock, which come \
+             through this machine's apt",
+        )?;
+        ensure!(machines == ExitCode::SUCCESS, "a scenario of the pilot failed");
     }
     Ok(())
 }

@@ -178,6 +178,8 @@ pub trait Kernel: Send + Sync {
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
     /// unlink(2).
     fn remove(&self, path: &str) -> io::Result<()>;
+    /// Lets every other thread that has something to do go before this one, from now on.
+    fn step_back(&self);
     /// Asks for the pages of a file ahead of their use.
     fn warm(&self, path: &str);
 

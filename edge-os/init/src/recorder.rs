@@ -518,6 +518,10 @@ impl Kernel for Machine {
         world.nodes.remove(path).map(drop).ok_or_else(not_found)
     }
 
+    fn step_back(&self) {
+        self.world().log.push("step_back".into());
+    }
+
     fn warm(&self, path: &str) {
         self.world().log.push(format!("warm {path}"));
     }

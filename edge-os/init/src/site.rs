@@ -476,6 +476,9 @@ impl Site {
         if let Some(tunnel) = &self.hub.tunnel {
             key("tunnel", quote(tunnel));
         }
+        if let Some(proxy) = &self.network.proxy {
+            key("proxy", quote(proxy));
+        }
         key("tokenFile", quote(places.token_file));
         key("dir", quote(places.dir));
         key("podDir", quote(places.pod_dir));
@@ -1668,6 +1671,7 @@ ipv6 = "static"
             "enrol: \"https://hub.example:10002\"",
             "quic: \"quic://hub.example:10001\"",
             "tunnel: \"wss://hub.example:10004\"",
+            "proxy: \"http://proxy.example:3128\"",
             "tokenFile: \"/run/skerry/token\"",
             "dir: \"/state/edge\"",
             "labels: {\"example.com/kind\": \"shop\", \"size\": \"large\"}",

@@ -57,7 +57,7 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 const NETWORK_SOON: Duration = Duration::from_millis(200);
 const NETWORK_INTERVAL: Duration = Duration::from_secs(10);
 /// Time between two looks at the room on the state.
-const ROOM_INTERVAL: Duration = Duration::from_secs(300);
+const ROOM_INTERVAL: Duration = Duration::from_secs(30);
 /// Time for the last users of the state to let go of it.
 const UNMOUNT_MAX: Duration = Duration::from_secs(2);
 /// Bytes taken from a pipe at once.
@@ -158,7 +158,7 @@ pub fn set_up(
     }
     let _ = kernel.take_ctrl_alt_del();
     let uevents = kernel.open_uevents().ok();
-    let coldplug = start_coldplug(kernel, console, modules.clone());
+    let coldplug = start_coldplug(kernel, modules.clone());
 
     if handover.watchdog.is_none() {
         // A driver that is only in the root, or none at all: then the kernel's own.
@@ -263,30 +263,42 @@ fn check_architecture(kernel: &dyn Kernel, console: &Console, image: &Image) {
     }
 }
 
-/// Drivers of everything that is there, beside the check of the state and the start of containerd.
+/// Drivers of everything that is there, beside the check of the state and the start of containerd. The network's come
+/// first, and what containerd asks for at its start; the rest waits for whoever else has something to do, because
+/// nothing else of the way to the hub needs it.
 fn start_coldplug(
     kernel: &'static dyn Kernel,
-    console: &'static Console<'static>,
     modules: Option<Arc<Modules<'static>>>,
 ) -> Option<std::thread::JoinHandle<()>> {
     let work = move || {
         kernel.warm("/usr/bin/containerd");
         if let Some(modules) = modules {
-            // Twice: a driver may bring devices with it.
             let aliases = uevent::aliases(kernel);
-            modules.load_for(&aliases);
-            let more: Vec<_> =
-                uevent::aliases(kernel).into_iter().filter(|one| !aliases.contains(one)).collect();
-            modules.load_for(&more);
+            let (urgent, rest): (Vec<_>, Vec<_>) =
+                aliases.iter().cloned().partition(|alias| is_urgent(alias));
+            modules.load_for(&urgent);
+            let _ = modules.load("overlay");
+            kernel.step_back();
             for name in mounts::MODULES {
                 let _ = modules.load(name); // an image without it has no use for it
             }
+            modules.load_for(&rest);
+            // Once more: a driver may bring devices with it.
+            let more: Vec<_> =
+                uevent::aliases(kernel).into_iter().filter(|one| !aliases.contains(one)).collect();
+            modules.load_for(&more);
         }
         mounts::set_all(kernel, &mounts::LATE_SYSCTLS);
         kernel.warm("/usr/bin/edgecore");
-        let _ = console;
     };
     std::thread::Builder::new().name("coldplug".into()).spawn(work).ok()
+}
+
+/// Whether a device is a network adapter or a source of random numbers, by the alias that it asks with.
+fn is_urgent(alias: &str) -> bool {
+    const VIRTIO: [&str; 2] = ["virtio:d00000001v", "virtio:d00000004v"];
+    VIRTIO.iter().any(|start| alias.starts_with(start))
+        || (alias.starts_with("pci:") && alias.contains("bc02sc"))
 }
 
 fn save_handover(kernel: &dyn Kernel, handover: &Handover) {
@@ -471,8 +483,7 @@ impl Owner {
     /// Looks for the site and wants the services that follow from it and from how the machine is.
     pub fn begin(&mut self) {
         self.look_for_site();
-        let first =
-            self.site.is_none() && !self.broken && !self.kernel().exists(provision::STORED);
+        let first = self.site.is_none() && !self.broken && !self.kernel().exists(provision::STORED);
         if first && self.machine.handover.first_boot {
             let end = self.kernel().uptime() + STICK_WAIT;
             while self.site.is_none() && self.kernel().uptime() < end {
@@ -1379,7 +1390,9 @@ mod tests {
         settle(&mut owner);
         let log = machine.log();
         let at = |line: &str| log.iter().position(|one| one.starts_with(line)).expect(line);
-        assert!(at("own /var/lib/mosquitto 100") < at("start /usr/sbin/mosquitto -c /etc/mosquitto"));
+        assert!(
+            at("own /var/lib/mosquitto 100") < at("start /usr/sbin/mosquitto -c /etc/mosquitto")
+        );
     }
 
     #[test]

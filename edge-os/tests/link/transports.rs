@@ -34,7 +34,7 @@ impl Drop for Bare {
 }
 
 fn local(port: u16) -> Endpoint {
-    Endpoint { host: "127.0.0.1".into(), port }
+    Endpoint { host: "127.0.0.1".into(), port, via: None }
 }
 
 impl Bare {
