@@ -15,7 +15,7 @@ use std::time::Duration;
 pub const PROJECT_ID: &str = "e632aba927ea4ac2b575ec1603d56f10";
 
 /// Every key, with what it is; the reference for people.
-pub const KEYS: [(&str, &str); 19] = [
+pub const KEYS: [(&str, &str); 20] = [
     ("nodeName", "name of the Node, unique in the cluster (required)"),
     ("hub", "address of the hub, `wss://host:10000`, or a list that is tried in turn (required)"),
     (

@@ -142,6 +142,22 @@ pub fn stick(at: &Path, name: &str, content: &[u8]) -> Result<Disk> {
     Ok(disk)
 }
 
+/// The time of everything that is written: without one there is none, and UEFI firmware refuses to rename a file whose
+/// times are no times.
+#[derive(Debug)]
+struct Clock;
+
+impl fatfs::TimeProvider for Clock {
+    fn get_current_date(&self) -> fatfs::Date {
+        fatfs::Date { year: 2026, month: 1, day: 1 }
+    }
+
+    fn get_current_date_time(&self) -> fatfs::DateTime {
+        let time = fatfs::Time { hour: 12, min: 0, sec: 0, millis: 0 };
+        fatfs::DateTime { date: self.get_current_date(), time }
+    }
+}
+
 /// A FAT volume.
 pub struct Volume {
     files: fatfs::FileSystem<Window>,
@@ -149,7 +165,8 @@ pub struct Volume {
 
 impl Volume {
     fn open(window: Window) -> Result<Self> {
-        let files = fatfs::FileSystem::new(window, fatfs::FsOptions::new());
+        let options = fatfs::FsOptions::new().time_provider(&Clock);
+        let files = fatfs::FileSystem::new(window, options);
         Ok(Self { files: files.context("no FAT file system")? })
     }
 

@@ -48,7 +48,7 @@ enum Verb {
     Up(up::Args),
     /// Run everything that CI runs
     Test {
-        /// Leave out what boots a node (the smoke run and the kubectl suite)
+        /// Leave out what boots a node (the smoke run, the kubectl suite, virtual machines)
         #[arg(long)]
         quick: bool,
     },

@@ -10,6 +10,10 @@ use std::process::ExitCode;
 /// Runs it all; the first failure ends the run.
 pub(crate) fn run(quick: bool) -> Result<()> {
     setup::run(!quick)?;
+    if !quick {
+        // Before minutes of other work: without QEMU the run cannot end well.
+        setup::run_for(setup::For::Machines)?;
+    }
     for args in [
         &["fmt", "--all", "--check"][..],
         &["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"],
