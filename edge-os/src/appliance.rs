@@ -212,7 +212,9 @@ async fn read(reader: &mut (impl AsyncBufReadExt + Unpin)) -> std::io::Result<Fa
 fn hint(problem: &str) -> &'static str {
     let lower = problem.to_lowercase();
     let has = |words: &[&str]| words.iter().any(|word| lower.contains(word));
-    if has(&["expired", "refused a certificate", "token"]) {
+    if has(&["opened a new connection"]) {
+        "another machine may have joined under the same name; give each machine a name of its own"
+    } else if has(&["expired", "refused a certificate", "token"]) {
         "make a new token with `skerry token create`, put it into site.toml and raise its revision"
     } else if has(&["fingerprint", "unknownissuer", "certificate"]) {
         "the hub shows another certificate than expected; check `hub.address`, `hub.enrol` and the token"
@@ -308,5 +310,7 @@ mod tests {
         assert!(hint("invalid peer certificate: UnknownIssuer").contains("another certificate"));
         assert!(hint("failed to lookup address information").contains("DNS"));
         assert!(hint("connection refused").contains("network"));
+        let taken = "the hub closed the connection: the node opened a new connection";
+        assert!(hint(taken).contains("same name"));
     }
 }

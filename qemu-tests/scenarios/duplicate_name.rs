@@ -18,8 +18,7 @@ pub(crate) fn run(stage: &mut Stage<'_>) -> Result<()> {
     let second = stage.boot(&lab.provisioned(second, &lab.site(name)?)?)?;
     stage
         .ask("one of the two says that the name is taken", || {
-            let words = ["name", "node", "already", "another"];
-            let wanted = Want::Saying("problem", &words);
+            let wanted = Want::Saying("hint", &["same name"]);
             let told = second.expect(wanted, READY);
             match told {
                 Ok(line) => Ok(line),
