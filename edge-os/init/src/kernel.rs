@@ -116,7 +116,7 @@ impl std::fmt::Display for Exit {
 pub struct Room {
     /// All.
     pub total: u64,
-    /// Free.
+    /// Free, without what is kept for those with special rights.
     pub free: u64,
 }
 

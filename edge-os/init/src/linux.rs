@@ -125,7 +125,7 @@ impl Kernel for Linux {
     fn room(&self, path: &str) -> io::Result<Room> {
         let stat = nix::sys::statvfs::statvfs(path)?;
         let block = stat.fragment_size();
-        Ok(Room { total: stat.blocks() * block, free: stat.blocks_free() * block })
+        Ok(Room { total: stat.blocks() * block, free: stat.blocks_available() * block })
     }
 
     fn make_dir(&self, path: &str, mode: u32) -> io::Result<()> {

@@ -85,11 +85,16 @@ pub const TABLE: [Row; 13] = [
     row("/run/lock", "tmpfs", KERNEL_FS, "mode=0755,size=1m", "services").optional(),
 ];
 
+/// The reserve of the filesystem is nobody's by name, so that only who has CAP_SYS_RESOURCE can use it: containerd and the
+/// agent have, pods have not even as root. Without it a pod that fills the disk could not be removed any more, because
+/// to remove it something has to be written.
+const STATE_OPTIONS: &str = "errors=remount-ro,resuid=2147483646";
+
 /// The state partition. `readonly` when it could not be repaired.
 pub fn state(device: &str, readonly: bool) -> Mount {
     let flags = NOSUID | NODEV | NOATIME | if readonly { RDONLY } else { 0 };
     // Not `noexec`: volumes of pods are binds of it and inherit the flag.
-    Mount::new(device, "/state", "ext4", flags, "errors=remount-ro")
+    Mount::new(device, "/state", "ext4", flags, STATE_OPTIONS)
 }
 
 /// A state in memory, for when there is none on the disk: all that a node needs to say so.

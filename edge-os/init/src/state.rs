@@ -28,6 +28,8 @@ const MAGIC: [u8; 2] = [0x53, 0xef];
 /// A large disk with many errors takes long; the watchdog is petted meanwhile.
 const CHECK_LIMIT: Duration = Duration::from_secs(3600);
 const MAKE_LIMIT: Duration = Duration::from_secs(600);
+/// Room that is kept for containerd and the agent; see [`mounts::state`].
+const RESERVE_LEN: u64 = 256 << 20;
 /// Below this share of free room the state is as good as full, in percent.
 const ROOM_MIN_PERCENT: u64 = 2;
 
@@ -186,6 +188,7 @@ impl Open<'_> {
         block[..MARK.len()].copy_from_slice(MARK);
         self.kernel.write_at(self.device, mark, &block)?;
         let blocks = (mark / BLOCK).to_string();
+        let reserve = reserve_percent(len);
         let argv = [
             "/usr/sbin/mke2fs",
             "-q",
@@ -196,6 +199,8 @@ impl Open<'_> {
             "state",
             "-b",
             "4096",
+            "-m",
+            &reserve,
             "-E",
             "lazy_itable_init=1,discard",
             self.device,
@@ -259,6 +264,12 @@ impl Open<'_> {
             Err(_) => (State::Memory, problem),
         }
     }
+}
+
+/// Share of the partition that pods cannot use, as `mke2fs` takes it: [`RESERVE_LEN`], at most a twentieth.
+fn reserve_percent(len: u64) -> String {
+    let hundredths = (RESERVE_LEN * 10_000 / len.max(1)).clamp(1, 500);
+    format!("{}.{:02}", hundredths / 100, hundredths % 100)
 }
 
 fn mark_at(len: u64) -> u64 {
@@ -402,6 +413,18 @@ mod tests {
         let (state, problem) = open(&machine, None, None, None);
         assert_eq!(state, State::Memory);
         assert!(problem.expect("told").what.contains("no state partition"));
+    }
+
+    #[test]
+    fn reserve_is_a_twentieth_of_small_disks_and_never_more_than_its_length() {
+        for (len, percent) in [(1 << 30, "5.00"), (64 << 30, "0.39"), (1 << 42, "0.01")] {
+            assert_eq!(reserve_percent(len), percent);
+        }
+        let machine = machine();
+        open_it(&machine);
+        assert!(machine.log_of("run /usr/sbin/mke2fs")[0].contains(" -m "));
+        let mount = machine.log_of("mount /dev/vda5 /state");
+        assert!(mount[0].contains("resuid="), "{mount:?}");
     }
 
     #[test]
