@@ -223,6 +223,11 @@ impl Session {
     }
 }
 
+/// The key under which the object of a watched key goes where the node needs it, if it is of such a kind.
+fn own_key(watched: &Key) -> Option<Key> {
+    watched.path().parse().ok().and_then(|path| Key::of_path(&path))
+}
+
 /// What a comparison found to do.
 enum Step {
     /// Nothing, and nothing will come of it.
@@ -438,11 +443,16 @@ impl Downstream {
     fn render_pushed(&mut self, name: &Arc<str>, key: &Key) -> Option<Message> {
         let has_own = self.has_own(name, key);
         let now_ms = self.now_ms;
-        let session = self.nodes.get_mut(name)?.session.as_deref_mut()?;
+        let node = self.nodes.get_mut(name)?;
+        let session = node.session.as_deref_mut()?;
         let pushed = session.pushed.remove(key)?;
         session.pushed_len -= pushed.object.len();
         if session.has_watched(key, &pushed) || has_own {
             return None;
+        }
+        if let Some(own) = own_key(key).filter(|_| pushed.operation != Operation::Delete) {
+            // What it holds there is what it watches; it is not taken away as something that no pod needs.
+            node.known.remove(&own);
         }
         let message = pushed.object.message(key, pushed.operation, now_ms);
         if session.is_stock() && pushed.operation != Operation::Delete {
@@ -573,13 +583,9 @@ impl Downstream {
         self.mark(&name, &key);
     }
 
-    /// Whether the node gets, or has, the object under a watched key anyway.
+    /// Whether the node gets the object under a watched key anyway.
     fn has_own(&self, name: &str, key: &Key) -> bool {
-        let own = key.path().parse().ok().and_then(|path| Key::of_path(&path));
-        own.is_some_and(|own| {
-            let known = self.nodes.get(name).is_some_and(|node| node.known.contains_key(&own));
-            known || matches!(self.wanted(name, &own), Wanted::Present(_) | Wanted::Unknown)
-        })
+        own_key(key).is_some_and(|own| !matches!(self.wanted(name, &own), Wanted::Absent))
     }
 
     /// Marks the watched objects that came before the connection was ready for them.

@@ -149,7 +149,7 @@ impl Downstream {
         let mut recalled: BTreeMap<Key, Known> = BTreeMap::new();
         let mut pointless = Vec::new();
         for (id, spec, version) in self.syncs.held(name) {
-            let Some(key) = key_of(id, spec) else { continue };
+            let Some(key) = key_of(name, id, spec) else { continue };
             // What this process sent and was acknowledged since is known better than by the record's word.
             let sent = self.nodes.get(name).and_then(|node| node.known.get(&key));
             let is_sent = |sent: &Known| {
@@ -249,7 +249,7 @@ impl Downstream {
             return self.syncs.forget(name);
         }
         if let Some((spec, held)) = self.syncs.get(name, id) {
-            let key = key_of(id, spec);
+            let key = key_of(name, id, spec);
             let held = held.map(|version| version.cloned());
             if let Some(key) = key {
                 self.disbelieve(name, &key, id, held);
@@ -304,7 +304,7 @@ impl Downstream {
     /// the time since a backup. In the latter case only this process knows that `name` may hold the object.
     fn keep_in_mind(&mut self, name: &Arc<str>, id: &SyncId) {
         let Some((spec, None)) = self.syncs.get(name, id) else { return };
-        let Some(key) = key_of(id, spec) else { return };
+        let Some(key) = key_of(name, id, spec) else { return };
         let Some(node) = self.nodes.get_mut(name) else { return };
         let is_fresh = node.session.as_deref().is_none_or(|session| !session.is_checked);
         if is_fresh {
@@ -357,9 +357,12 @@ impl Downstream {
     }
 }
 
-/// The object of a record, if it is of a kind that goes down by itself.
-fn key_of(id: &SyncId, spec: &SyncSpec) -> Option<Key> {
+/// The object of a record of `name`, if it is one that goes down by itself. A Node of another name is watched there.
+fn key_of(name: &str, id: &SyncId, spec: &SyncSpec) -> Option<Key> {
     let kind = Kind::of_api(&spec.api_version, &spec.kind)?;
+    if kind == Kind::Node && *spec.name != *name {
+        return None;
+    }
     Key::new(kind, id.namespace.as_deref().unwrap_or_default(), &spec.name)
 }
 

@@ -912,6 +912,29 @@ fn watched_object_that_the_node_gets_anyway_is_not_sent_twice() {
 }
 
 #[test]
+fn watched_object_of_which_a_record_tells_is_neither_taken_away_nor_kept_back() {
+    // Of an earlier connection, on which an application watched these.
+    let mut hub = Hub::recorded(&[
+        ("edge1.uid-cloud1", Kind::Node, "cloud1", "4"),
+        ("edge1.uid-page", Kind::ConfigMap, "page", "4"),
+    ]);
+    hub.connect("edge1", false);
+    for (path, kind, mut object) in [
+        ("null/node/cloud1", "Node", node("cloud1", 5, false)),
+        ("default/configmap/page", "ConfigMap", config("page", 5)),
+    ] {
+        object["apiVersion"] = json!("v1");
+        object["kind"] = json!(kind);
+        hub.push("edge1", path, object, Operation::Insert);
+    }
+    let outputs = hub.outputs();
+    for line in ["edge1: insert null/node/cloud1 5", "edge1: insert default/configmap/page 5"] {
+        assert!(outputs.contains(&line.to_owned()), "{outputs:?}");
+    }
+    assert!(!outputs.iter().any(|line| line.contains("delete")), "{outputs:?}");
+}
+
+#[test]
 fn watched_objects_of_a_node_that_does_not_answer_are_bounded() {
     let mut hub = Hub::listed();
     hub.connect("edge1", true);
