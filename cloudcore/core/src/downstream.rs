@@ -309,6 +309,8 @@ pub struct Downstream {
     absent: BTreeMap<Kind, BTreeMap<Key, u64>>,
     /// Connections in [`Phase::AwaitingDigest`], by when that ends.
     awaiting_digest: BTreeSet<(Instant, Arc<str>)>,
+    /// Nodes that have records and seem to be gone, and are being read.
+    collecting: BTreeSet<Key>,
     /// Nodes whose connection is in [`Phase::AwaitingLists`].
     awaiting_lists: BTreeSet<Arc<str>>,
     /// Nodes whose connection has an object in doubt that is being read.
@@ -712,11 +714,14 @@ impl Downstream {
                 if matches!(&node.object, NodeObject::Present(version) if is_other(version)) {
                     return;
                 }
+                let version = last.as_ref().and_then(|last| {
+                    number(last["metadata"]["resourceVersion"].as_str().unwrap_or_default())
+                });
                 let old = std::mem::take(&mut node.object);
                 node.removed = !matches!(old, NodeObject::Absent);
                 let stock = node.session.as_ref().map(|session| !session.capabilities.digest);
-                if stock.is_none() || node.removed {
-                    self.syncs.forget(&name);
+                if let Some(version) = version.filter(|_| stock.is_none() || node.removed) {
+                    self.syncs.forget_until(&name, version);
                 }
                 match stock {
                     // It has not registered yet.
@@ -725,6 +730,9 @@ impl Downstream {
                     _ => self.mark(&name, key),
                 }
                 self.tidy_node(&name);
+                if version.is_none() {
+                    self.collect_syncs();
+                }
             }
             _ => {
                 let Some(shared) = self.shared.get_mut(key) else { return };
@@ -845,6 +853,12 @@ impl Downstream {
             absent.insert(key.clone(), at);
             if absent.len() > ABSENT_MAX {
                 absent.pop_first();
+            }
+        }
+        if self.collecting.remove(key) && object.is_none() {
+            let name = self.intern_node(key.name());
+            if self.session(&name).is_none() {
+                self.syncs.forget_until(&name, at);
             }
         }
         match key.kind() {

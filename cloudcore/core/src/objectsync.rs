@@ -494,14 +494,17 @@ impl Syncs {
         }
     }
 
-    /// Nothing is kept about `node`: it is gone, or it tells itself what it holds.
+    /// Nothing is kept about `node`: it tells itself what it holds.
     pub fn forget(&mut self, node: &Arc<str>) {
-        let ids: Vec<SyncId> = self
-            .nodes
-            .get(node)
-            .map(|records| records.keys().cloned().collect())
-            .unwrap_or_default();
-        for id in ids {
+        self.forget_until(node, u64::MAX);
+    }
+
+    /// Nothing that was written up to this resource version is kept about `node`: it was gone then, and what is newer is
+    /// about a node that has come back.
+    pub fn forget_until(&mut self, node: &Arc<str>, version: u64) {
+        let records = self.nodes.get(node).into_iter().flatten();
+        let old = records.filter(|(_, record)| record.at <= version);
+        for id in old.map(|(id, _)| id.clone()).collect::<Vec<SyncId>>() {
             self.remove(node, &id, true);
         }
     }

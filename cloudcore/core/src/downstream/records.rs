@@ -318,7 +318,8 @@ impl Downstream {
         session.is_some_and(|session| !session.is_stock())
     }
 
-    /// Removes the records of nodes that are gone, and of those that tell themselves what they hold.
+    /// Removes the records of nodes that are gone, and of those that tell themselves what they hold. A node that only seems
+    /// to be gone is read first: it may have registered with another CloudCore, and the watch of Nodes not have got there.
     pub(super) fn collect_syncs(&mut self) {
         if !self.listed.contains(&Kind::Node) {
             return;
@@ -334,7 +335,12 @@ impl Downstream {
             .cloned()
             .collect();
         for name in names {
-            self.syncs.forget(&name);
+            let key = Key::new(Kind::Node, "", &name).filter(|_| !self.tells_itself(&name));
+            match key {
+                Some(key) if self.collecting.insert(key.clone()) => self.fetch(&key),
+                Some(_) => {}
+                None => self.syncs.forget(&name),
+            }
         }
     }
 

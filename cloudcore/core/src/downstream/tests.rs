@@ -840,11 +840,42 @@ fn after_a_restart_a_stock_node_gets_what_is_newer_or_gone_and_nothing_else() {
 #[test]
 fn records_of_a_node_that_is_gone_are_removed() {
     let mut hub = Hub::recorded(&[("edge9.uid-web", Kind::Pod, "web", "7")]);
+    hub.check(&["fetch null/node/edge9"]);
+    hub.input(Input::Fetched(key("null/node/edge9"), None, Some(20)));
     hub.check(&["remove edge9.uid-web"]);
     hub.connect("edge1", false);
     hub.outputs();
-    hub.input(Input::Deleted(key("null/node/edge1"), Value::Null));
+    hub.input(Input::Deleted(key("null/node/edge1"), node("edge1", 30, true)));
     hub.check(&["edge1: close 1", "remove edge1.uid-edge1"]);
+}
+
+#[test]
+fn records_of_a_node_that_the_watch_has_not_got_to_stay() {
+    let mut hub = Hub::recorded(&[("edge9.uid-web", Kind::Pod, "web", "7")]);
+    hub.check(&["fetch null/node/edge9"]);
+    hub.input(Input::Fetched(key("null/node/edge9"), Some(node("edge9", 6, true)), Some(20)));
+    hub.check(&[]);
+    // Nor does late word of the end of its predecessor touch them, or a read that is older than they are.
+    let record = |version: &str, at: u64| {
+        Input::Sync(Word::Seen {
+            name: "edge9.uid-web".into(),
+            namespace: Some("default".into()),
+            spec: SyncSpec { api_version: "v1".into(), kind: "Pod".into(), name: "web".into() },
+            version: Some(version.into()),
+            at,
+            is_in_list: false,
+        })
+    };
+    hub.change(Kind::Node, node("edge9", 6, true));
+    hub.input(record("8", 25));
+    hub.input(Input::Deleted(key("null/node/edge9"), node("edge9", 7, true)));
+    hub.check(&[]);
+    let names = BTreeSet::from([(Some("default".into()), "edge9.uid-web".into())]);
+    hub.input(Input::Sync(Word::Listed(Scope::Namespaced, names)));
+    hub.check(&["fetch null/node/edge9"]);
+    hub.input(record("9", 35));
+    hub.input(Input::Fetched(key("null/node/edge9"), None, Some(30)));
+    hub.check(&[]);
 }
 
 #[test]
