@@ -1141,7 +1141,7 @@ impl Owner {
         }
     }
 
-    /// Signals every process of a pod and returns how many there are.
+    /// Signals every process of a pod and returns how many there are that can end by SIGTERM.
     fn signal_pods(&self, signal: i32) -> usize {
         const SIGKILL: i32 = 9;
         let root = format!("{CGROUPS}/kubepods");
@@ -1163,6 +1163,7 @@ impl Owner {
         if signal > 0 {
             pids.iter().for_each(|pid| drop(self.kernel().kill(*pid, signal)));
         }
+        pids.retain(|pid| !is_deaf(&line(self.kernel(), &format!("/proc/{pid}/status"))));
         pids.len()
     }
 
@@ -1228,6 +1229,17 @@ fn mounted_below(kernel: &dyn Kernel) -> Vec<String> {
         (target == "/run/state-readonly", target == "/state", target == "/var")
     });
     targets
+}
+
+/// Whether a process, by its /proc/PID/status, is the first of its own namespace and has no handler for SIGTERM: the
+/// kernel never delivers it then, and to wait for its end is to wait in vain. Most images start their program so.
+fn is_deaf(status: &str) -> bool {
+    const SIGTERM_BIT: u64 = 1 << 14;
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+    let first = field("NSpid:").is_some_and(|pids| pids.split_whitespace().nth(1).is_some())
+        && field("NSpid:").and_then(|pids| pids.split_whitespace().last()) == Some("1");
+    let caught = field("SigCgt:").and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    first && caught.is_some_and(|mask| mask & SIGTERM_BIT == 0)
 }
 
 /// Whether there is a press of the power key among input events.
@@ -1494,6 +1506,16 @@ mod tests {
         ];
         assert!(steps[..8].is_sorted() && steps[10] > steps[9], "{log:#?}");
         assert!(machine.has_said("shutdown", "starting again: the agent asks for it (update)"));
+    }
+
+    #[test]
+    fn first_process_of_a_container_without_a_handler_is_not_waited_for() {
+        let status =
+            |pids: &str, caught: &str| format!("Name:\tx\nNSpid:\t{pids}\nSigCgt:\t{caught}\n");
+        assert!(is_deaf(&status("812\t1", "0000000000000000")));
+        assert!(!is_deaf(&status("812\t1", "0000000000004002")), "it has a handler");
+        assert!(!is_deaf(&status("813\t7", "0000000000000000")), "the default ends it");
+        assert!(!is_deaf(&status("1", "0000000000000000")) && !is_deaf(""));
     }
 
     #[test]
