@@ -187,6 +187,12 @@ const CLOUDCORE_RULES: &[Rule] = &[
         name: None,
     },
     rule(ALL, &["*.kubeedge.io"], ALL),
+    // What nodes say of their kernels; they themselves may not write it.
+    rule(
+        &["get", "list", "watch", "create", "update"],
+        &["fleet.skerry.dev"],
+        &["nodequalifications"],
+    ),
     rule(
         &["get", "list", "watch", "create", "update", "patch"],
         &["apiextensions.k8s.io"],

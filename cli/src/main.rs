@@ -15,6 +15,7 @@ mod image;
 mod link;
 mod node;
 mod out;
+mod qualify;
 mod render;
 mod seed;
 mod services;
@@ -104,9 +105,11 @@ enum Verb {
 
 fn main() -> ExitCode {
     // It has a command line of its own, shared with `skerry-qualify`, and wants a process with one thread.
-    let mut words = std::env::args().skip(1);
-    if words.next().as_deref() == Some("qualify") {
-        return skerry_qualify::command::run(&["qualify"], words);
+    // Only a node's report in the cluster needs the rest of this program.
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if words.first().is_some_and(|word| word == "qualify") && qualify::parse(&words[1..]).is_none()
+    {
+        return skerry_qualify::command::run(&["qualify"], words.into_iter().skip(1));
     }
     let cli = Cli::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_env("SKERRY_LOG")
@@ -148,9 +151,10 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Verb::Ca(verb) => ca::run(verb, kubeconfig, output).await,
         Verb::Edge(verb) => edge::run(verb, output).await,
         Verb::Image(verb) => image::run(verb, output),
-        Verb::Qualify { options } => {
-            Ok(skerry_qualify::command::run(&["qualify"], options.into_iter()))
-        }
+        Verb::Qualify { options } => match qualify::parse(&options) {
+            Some(args) => qualify::run(args?, kubeconfig, output).await,
+            None => Ok(skerry_qualify::command::run(&["qualify"], options.into_iter())),
+        },
         Verb::Site(verb) => site_file::run(verb, kubeconfig, output).await,
         Verb::Reconciler(args) => services::reconciler(args, kubeconfig).await,
         Verb::CloudCore(args) => services::cloudcore(args, kubeconfig).await,

@@ -17,6 +17,7 @@ mod event;
 pub(crate) mod lease;
 pub(crate) mod node;
 mod pod;
+mod qualification;
 mod read;
 pub(crate) mod rest;
 mod token;
@@ -213,6 +214,7 @@ impl Upstream {
             "nodepatch" if is(request, Operation::Patch) => {
                 self.patch_node(node, &path, request).await
             }
+            skerry_protocol::qualification::KIND => self.qualification(node, &path, request).await,
             "nodestatus" => self.legacy_node_status(node, &path, request).await,
             "pod" => self.pod(node, &path, request).await,
             "podpatch" if is(request, Operation::Patch) => {

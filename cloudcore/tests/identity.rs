@@ -31,6 +31,7 @@ const RENEW: Capabilities = Capabilities {
     lease: false,
     receipts: false,
     renew: true,
+    qualify: false,
     beat: None,
 };
 const HOUR: Duration = Duration::from_secs(3600);

@@ -577,3 +577,54 @@ async fn the_hub_keeps_the_lease_of_a_node_that_leaves_it_to_the_hub() {
         .await;
     cluster.stop().await;
 }
+
+/// A node's report of its kernel becomes the object of its name, whole and anew each time; another's never does.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_keeps_the_qualification_of_its_own_kernel_only() {
+    let cluster = Cluster::start().await;
+    let mut link = registered(&cluster, "edge1").await;
+    let report = |kernel: &str, profile: &str| {
+        json!({"kernel": kernel, "arch": "x86_64", "digest": "sha256:1", "verdict": "Qualified",
+            "advice": {"cni": profile}, "observedAt": "2026-11-23T02:48:09Z",
+            "profiles": [{"profile": profile, "verdict": "qualified"}],
+            "report": {"facts": {"bpf.btf": {"state": "present"}}}, "unknown": 1})
+    };
+    let path = "/apis/fleet.skerry.dev/v1alpha1/nodequalifications";
+    // The first one defines the kind; a node asks again until it is served.
+    let mut answer = Value::Null;
+    for _ in 0..200 {
+        let said = report("6.1.0", "cilium");
+        (_, answer) = link.ask(Operation::Update, "null/nodequalification/edge1", &said).await;
+        if answer == "OK" {
+            break;
+        }
+        assert_eq!(answer["ErrStatus"]["code"], 503, "{answer}");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    assert_eq!(answer, "OK");
+    let said = report("6.12.0", "flannel-vxlan");
+    let answer = link.must(Operation::Update, "null/nodequalification/edge1", &said).await;
+    assert_eq!(answer, "OK");
+    let kept = cluster.read(&format!("{path}/edge1")).await.expect("kept");
+    let node = cluster.read("/api/v1/nodes/edge1").await.expect("registered");
+    assert_eq!(kept["spec"]["node"], "edge1");
+    assert_eq!(kept["status"]["kernel"], "6.12.0");
+    assert_eq!(
+        kept["status"]["profiles"],
+        json!([{"profile": "flannel-vxlan", "verdict": "qualified"}])
+    );
+    assert_eq!(kept["status"]["report"]["facts"]["bpf.btf"]["state"], "present");
+    assert_eq!(kept["metadata"]["ownerReferences"][0]["uid"], node["metadata"]["uid"]);
+
+    let (_, others) = link.ask(Operation::Update, "null/nodequalification/edge2", &said).await;
+    assert_eq!(others["ErrStatus"]["code"], 403, "{others}");
+    let wrong = json!({"kernel": 6});
+    let (_, wrong) = link.ask(Operation::Update, "null/nodequalification/edge1", &wrong).await;
+    assert_eq!(wrong["ErrStatus"]["code"], 400, "{wrong}");
+    let long = json!({"kernel": "6.1", "report": {"x": "y".repeat(600 * 1024)}});
+    let (_, long) = link.ask(Operation::Update, "null/nodequalification/edge1", &long).await;
+    assert_eq!(long["ErrStatus"]["code"], 413, "{long}");
+    assert!(cluster.read(&format!("{path}/edge2")).await.is_none());
+    let kept = cluster.read(&format!("{path}/edge1")).await.expect("kept");
+    assert_eq!(kept["status"]["kernel"], "6.12.0", "what was refused changed nothing");
+}

@@ -21,6 +21,7 @@ use crate::pods::{
     Engine, EngineConfig, EngineEvent, ObjectKind, ResetError, RuntimeInfo, StartError,
 };
 use crate::preload;
+use crate::qualification::{self, Published};
 use crate::tunnel;
 use jiff::Timestamp;
 use serde_json::Value;
@@ -30,9 +31,10 @@ use skerry_edge_core::meta::{Effect, Meta, Step};
 use skerry_edge_core::node::COMPUTE_INTERVAL;
 use skerry_edge_core::status::PodKey;
 use skerry_edge_core::uplink::{Output, Ticket, Uplink};
-use skerry_protocol::Message;
 use skerry_protocol::capability::Capabilities;
 use skerry_protocol::tunnel::DEMAND;
+use skerry_protocol::{Message, Operation};
+use skerry_qualify::publish::REQUEST;
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
@@ -151,7 +153,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
         api: Desk::default(),
         tunnel: watch::Sender::default(),
         appliance: None,
+        kernel: Kernel::new(&config),
     };
+    let kernel_parts = agent.kernel.parts();
     let mut parts = tokio::task::JoinSet::new();
     let (facts, facts_seen) = watch::channel(link::LinkFacts::default());
     if let Some(socket) = appliance::socket() {
@@ -196,6 +200,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
     let written = link::facts::keep_written(config.dir.clone(), facts_seen);
     let written = stop.clone().run_until_cancelled_owned(written);
     parts.spawn(async move { written.await.unwrap_or_default() });
+    if let Some(kernel_parts) = kernel_parts {
+        parts.spawn(qualification::keep(config.clone(), kernel_parts, stop.clone()));
+    }
     if let Some(address) = config.meta_server {
         let node = config.node_name.clone();
         let stop = stop.clone();
@@ -289,7 +296,44 @@ struct Appliance {
     facts: watch::Receiver<Option<appliance::Facts>>,
 }
 
+/// What the kernel was seen to carry, and who is told.
+struct Kernel {
+    registered: watch::Sender<bool>,
+    requested: watch::Sender<String>,
+    published: watch::Sender<Option<Arc<Published>>>,
+    /// The hub of the present link keeps an object about it.
+    hub_keeps: bool,
+    /// What it was told last.
+    told: Option<String>,
+}
+
+impl Kernel {
+    fn new(config: &Config) -> Self {
+        Self {
+            registered: watch::Sender::new(false),
+            requested: watch::Sender::default(),
+            published: watch::Sender::default(),
+            hub_keeps: false,
+            told: qualification::told(&config.dir),
+        }
+    }
+
+    /// For the task that judges; nothing when this program cannot start itself again.
+    fn parts(&self) -> Option<qualification::Parts> {
+        let program = std::env::current_exe()
+            .inspect_err(|error| tracing::warn!(%error, "the kernel is not judged: no own program"))
+            .ok()?;
+        Some(qualification::Parts {
+            program,
+            registered: self.registered.subscribe(),
+            requested: self.requested.subscribe(),
+            published: self.published.clone(),
+        })
+    }
+}
+
 struct Agent {
+    kernel: Kernel,
     appliance: Option<Appliance>,
     config: Arc<Config>,
     store: Arc<Store>,
@@ -358,6 +402,7 @@ impl Agent {
         loop {
             let blocked = self.drain().await?;
             self.tell_appliance();
+            self.tell_kernel();
             let next = self.uplink.poll_timeout(now());
             let next = self.api.poll_timeout().map_or(next, |api| api.min(next));
             let next = tokio::time::Instant::from_std(next);
@@ -446,6 +491,7 @@ impl Agent {
                 if digest.is_none() {
                     self.meta.link_lost();
                 }
+                self.kernel.hub_keeps = capabilities.qualify;
                 self.uplink.handle_connected(now(), capabilities, digest);
                 self.api.handle_connected();
                 self.jobs.handle_connected();
@@ -690,7 +736,15 @@ impl Agent {
                 };
                 self.engine.objects_changed(kind, &namespace, &name).await;
             }
-            Effect::OwnNode(node) => self.uplink.handle_own_node(&node),
+            Effect::OwnNode(node) => {
+                self.uplink.handle_own_node(&node);
+                let asked = node["metadata"]["annotations"][REQUEST].as_str().unwrap_or_default();
+                self.kernel.requested.send_if_modified(|known| {
+                    let new = known != asked;
+                    asked.clone_into(known);
+                    new
+                });
+            }
             Effect::OwnNodeGone => self.uplink.handle_own_node_gone(),
             Effect::HandOn(message) => {
                 if let Some(answer) = self.jobs.take(&message) {
@@ -811,6 +865,33 @@ impl Agent {
         appliance.signs.send_if_modified(|known| std::mem::replace(known, now) != now);
     }
 
+    /// Hands the report about the kernel to a hub that keeps it, once per report and Node.
+    fn tell_kernel(&mut self) {
+        self.kernel.registered.send_if_modified(|known| {
+            let now = self.uplink.node().is_registered();
+            std::mem::replace(known, now) != now
+        });
+        if !self.kernel.hub_keeps || !self.uplink.is_connected() {
+            return;
+        }
+        let Some(uid) = self.uplink.node().uid() else { return };
+        let stamp = match &*self.kernel.published.borrow() {
+            Some(published) if !published.stamp.is_empty() => format!("{} {uid}", published.stamp),
+            _ => return,
+        };
+        if self.kernel.told.as_ref() == Some(&stamp) {
+            return;
+        }
+        // A file that went away or broke is written anew with the next judgement.
+        if let Some(object) = qualification::object(&self.config.dir) {
+            let resource = skerry_protocol::qualification::resource(&self.config.node_name);
+            let key = skerry_protocol::qualification::KIND.to_owned();
+            self.uplink.push_effect(key, Operation::Update, resource, &object);
+        }
+        qualification::remember_told(&self.config.dir, &stamp);
+        self.kernel.told = Some(stamp);
+    }
+
     fn look(&mut self, runtime: &RuntimeInfo) {
         if *runtime == RuntimeInfo::default() {
             return; // not asked yet; a restart of the agent alone must not make the node look broken
@@ -820,6 +901,14 @@ impl Agent {
         if let Some(machine) = self.appliance.as_ref().and_then(|one| one.facts.borrow().clone()) {
             facts.annotations = machine.annotations();
             health.appliance = Some(machine.wrong());
+        }
+        if let Some(kernel) = self.kernel.published.borrow().clone() {
+            // What a person configured stands.
+            for (key, value) in &kernel.labels {
+                facts.labels.entry(key.clone()).or_insert_with(|| value.clone());
+            }
+            facts.annotations.extend(kernel.annotations.clone());
+            health.kernel = Some(kernel.condition.clone());
         }
         let message = health.not_ready.join(", ");
         match self.uplink.update_node(now(), facts, health) {

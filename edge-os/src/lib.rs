@@ -20,5 +20,6 @@ pub mod objects;
 mod outbox_store;
 pub mod pods;
 pub mod preload;
+pub mod qualification;
 pub mod tls;
 pub mod tunnel;

@@ -5,7 +5,8 @@ use clap::{Parser, Subcommand};
 use skerry_edge::adopt::{self, AdoptError};
 use skerry_edge::agent::{self, AgentError};
 use skerry_edge::config::{Config, ConfigError};
-use skerry_edge::{jobs, link};
+use skerry_edge::{jobs, link, qualification};
+use skerry_qualify::probe::Autoload;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -71,11 +72,32 @@ enum Verb {
         #[arg(long)]
         config: PathBuf,
     },
+    /// Judge what this machine's kernel can carry, and keep it: the running agent tells the cluster. Exit code 1 when
+    /// containers or every network lack something that they need.
+    Qualify {
+        /// Configuration file (YAML).
+        #[arg(long)]
+        config: PathBuf,
+        /// Modules that probes may make the kernel load: none, known, all. Default: known on the appliance, none elsewhere.
+        #[arg(long)]
+        autoload: Option<String>,
+        /// Print nothing, and let everything else on the machine go first.
+        #[arg(long)]
+        background: bool,
+        /// Which request this answers.
+        #[arg(long, default_value = "", hide = true)]
+        requested: String,
+    },
     /// Print the version.
     Version,
 }
 
 fn main() -> ExitCode {
+    let mut words = std::env::args().skip(1);
+    if words.next().as_deref() == Some(qualification::PROBE) {
+        // One group of probes, in a process with one thread.
+        return skerry_qualify::command::run(&[qualification::PROBE], words);
+    }
     let arguments = Arguments::parse();
     skerry_edge::tls::install_provider();
     let filter = EnvFilter::try_from_env("EDGECORE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
@@ -85,7 +107,7 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     match run(arguments.verb.unwrap_or(Verb::Run { config: arguments.config })) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             if let Some(hint) = hint(&error) {
@@ -96,7 +118,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(verb: Verb) -> anyhow::Result<()> {
+fn run(verb: Verb) -> anyhow::Result<ExitCode> {
     // One thread: an edge node has a small core to spare, and memory matters more than parallel work.
     let runtime = || {
         tokio::runtime::Builder::new_current_thread()
@@ -106,7 +128,10 @@ fn run(verb: Verb) -> anyhow::Result<()> {
             .enable_all()
             .build()
     };
-    match verb {
+    let done: anyhow::Result<()> = match verb {
+        Verb::Qualify { config, autoload, background, requested } => {
+            return qualify(&Config::read(&config)?, autoload.as_deref(), background, &requested);
+        }
         Verb::Version => {
             println!("edgecore {}", env!("CARGO_PKG_VERSION"));
             Ok(())
@@ -141,7 +166,32 @@ fn run(verb: Verb) -> anyhow::Result<()> {
             let reset = agent::reset(config);
             Ok(runtime().context("could not start the runtime")?.block_on(reset)?)
         }
+    };
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+fn qualify(
+    config: &Config,
+    autoload: Option<&str>,
+    background: bool,
+    requested: &str,
+) -> anyhow::Result<ExitCode> {
+    let autoload = match autoload {
+        None => None,
+        Some("none") => Some(Autoload::None),
+        Some("known") => Some(Autoload::Known),
+        Some("all") => Some(Autoload::All),
+        Some(other) => anyhow::bail!("`--autoload {other}`: expected none, known or all"),
+    };
+    if background {
+        skerry_qualify::probe::give_way();
     }
+    let (table, report) = qualification::judge(config, autoload, requested)?;
+    if !background {
+        print!("{}", report.text(&table));
+    }
+    let good = skerry_qualify::publish::condition(&report).holds == Some(true);
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
 /// Goes on as a new start of the same program with the same arguments; whoever watches this process sees the same one.

@@ -68,6 +68,7 @@ pub fn health(config: &Config, runtime: &RuntimeInfo, rebuilding: bool) -> Healt
         not_ready,
         rebuilding,
         appliance: None,
+        kernel: None,
     }
 }
 

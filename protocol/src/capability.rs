@@ -23,6 +23,8 @@ pub const LEASE: &str = "lease";
 pub const RECEIPTS: &str = "receipts";
 /// Certificates are renewed over the link (see [`crate::certificate`]).
 pub const RENEW: &str = "renew";
+/// The hub keeps what nodes say of their kernels (see [`crate::qualification`]).
+pub const QUALIFY: &str = "qualify";
 /// `beat=<s>`: seconds between two beats of the edge.
 pub const BEAT: &str = "beat";
 
@@ -53,6 +55,8 @@ pub struct Capabilities {
     pub receipts: bool,
     /// Certificates are renewed over the link.
     pub renew: bool,
+    /// What a node says of its kernel is kept in the cluster.
+    pub qualify: bool,
     /// The edge's beats, in whole seconds between [`BEAT_MIN`] and [`BEAT_MAX`]. A beat is a WebSocket ping or a QUIC
     /// datagram and replaces KubeEdge's keepalive messages. A hub announces its own default here, which only says that
     /// it understands beats: the edge's value is in force.
@@ -68,6 +72,7 @@ impl Capabilities {
         lease: true,
         receipts: true,
         renew: true,
+        qualify: true,
         beat: None,
     };
 
@@ -89,6 +94,7 @@ impl Capabilities {
                     LEASE => found.lease = true,
                     RECEIPTS => found.receipts = true,
                     RENEW => found.renew = true,
+                    QUALIFY => found.qualify = true,
                     _ => {}
                 },
                 Some((BEAT, seconds)) => {
@@ -113,6 +119,7 @@ impl Capabilities {
             lease: self.lease && hub.lease,
             receipts: self.receipts && hub.receipts,
             renew: self.renew && hub.renew,
+            qualify: self.qualify && hub.qualify,
             beat: self.beat.filter(|_| hub.beat.is_some()),
         }
     }
@@ -134,6 +141,7 @@ impl fmt::Display for Capabilities {
             (self.lease, LEASE),
             (self.receipts, RECEIPTS),
             (self.renew, RENEW),
+            (self.qualify, QUALIFY),
         ];
         let mut separator = "";
         for (_, name) in names.into_iter().filter(|(announced, _)| *announced) {
@@ -168,7 +176,7 @@ mod tests {
 
     #[test]
     fn announcement_has_one_form() {
-        let text = "digest,window,batch,lease,receipts,renew,beat=60";
+        let text = "digest,window,batch,lease,receipts,renew,qualify,beat=60";
         assert_eq!(Capabilities::ours(MINUTE).to_string(), text);
         assert_eq!(Capabilities::parse(Some(text)), Capabilities::ours(MINUTE));
     }

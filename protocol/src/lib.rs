@@ -38,6 +38,7 @@ pub mod frame;
 pub mod job;
 pub mod message;
 pub mod priority;
+pub mod qualification;
 pub mod resource;
 pub mod tunnel;
 pub mod websocket;

@@ -6,6 +6,7 @@
 //! | [`Site`] | `sites/*.yaml`; status in the cluster, namespace `site-<name>` | one place with its nodes |
 //! | [`App`] | `apps/<folder>/app.yaml` | what runs, and on which sites |
 //! | [`OsRelease`] | `os/*.yaml` | an OS image channel; read, not acted on yet |
+//! | [`NodeQualification`] | the cluster, named like its node | what the node's kernel was seen to carry |
 //! | [`Release`] | the cluster, namespace `site-<name>` | one app on one site: what was applied, and how it fares |
 //!
 //! The types named `*File` are what Git holds: unknown fields are refused, so that a typing error is an error.
@@ -84,6 +85,9 @@ pub struct FleetSpec {
     /// For sites that do not say otherwise.
     #[serde(default)]
     pub defaults: SiteDefaults,
+    /// What is asked of nodes before their site gets anything.
+    #[serde(default)]
+    pub qualification: QualificationPolicy,
     /// Not yet: keys that must have signed a commit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signers: Option<Value>,
@@ -98,10 +102,31 @@ impl Default for FleetSpec {
             prune: true,
             vars: Map::new(),
             defaults: SiteDefaults::default(),
+            qualification: QualificationPolicy::default(),
             signers: None,
             rollout: None,
         }
     }
+}
+
+/// What is asked of nodes before their site gets anything.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct QualificationPolicy {
+    /// What a node means that has not reported on its kernel. Default: `allow`.
+    #[serde(default)]
+    pub unknown_nodes: UnknownNodes,
+}
+
+/// What a node means that has not reported on its kernel, for a site with a `cni`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum UnknownNodes {
+    /// Nothing: the site gets its apps, as before any node has joined.
+    #[default]
+    Allow,
+    /// The site gets nothing new until all its nodes have reported.
+    Stop,
 }
 
 fn yes() -> bool {
@@ -151,7 +176,8 @@ pub struct SiteSpec {
     /// How long the site may be silent before it counts as overdue. Default: the fleet's, else 72 h.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub offline_budget: Option<Span>,
-    /// Pod network of the site's nodes; recorded, not acted on yet.
+    /// Pod network of the site's nodes: a profile of `skerry qualify`, which every node that has reported must carry, or
+    /// `auto`, which takes the best that they do. Default: none is asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cni: Option<String>,
     /// OS image channel of the site's nodes; recorded, not acted on yet.
@@ -424,6 +450,28 @@ pub struct SiteStatus {
     /// When the health word changed, RFC 3339.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub since: Option<String>,
+    /// The site's network, when it asks for one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<SiteNetwork>,
+}
+
+/// The network that a site gets.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SiteNetwork {
+    /// Its profile; none before one can be chosen, or when none runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cni: Option<String>,
+    /// Profile that carries services.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<String>,
+    /// Whether the site is stopped at the gate.
+    pub stopped: bool,
+    /// A sentence about it.
+    pub message: String,
+    /// What a person can do, when it is stopped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
 }
 
 /// One app on one site: inventory, state, and the anchor for questions. In the site's namespace, named like the app.
@@ -522,12 +570,132 @@ pub struct InventoryEntry {
     pub digest: String,
 }
 
-use k8s_openapi::NamespaceResourceScope as Namespaced;
+/// What a node's kernel was seen to carry; named like the node, written by the hub in the node's word only.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeQualification {
+    /// Object metadata.
+    #[serde(default)]
+    pub metadata: ObjectMeta,
+    /// Which node.
+    #[serde(default)]
+    pub spec: NodeQualificationSpec,
+    /// What was found.
+    #[serde(default)]
+    pub status: Option<NodeQualificationStatus>,
+}
+
+/// Which node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct NodeQualificationSpec {
+    /// Name of the node.
+    pub node: String,
+}
+
+/// What was found on a node; the whole report stays JSON, as `skerry qualify` has its own types for it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct NodeQualificationStatus {
+    /// Release of the kernel that was judged, as in the Node's `nodeInfo.kernelVersion`.
+    pub kernel: String,
+    /// Machine.
+    pub arch: String,
+    /// Release of the rules.
+    pub rules: String,
+    /// SHA-256 of the report.
+    pub digest: String,
+    /// When it was judged, RFC 3339.
+    pub observed_at: String,
+    /// One word: `Qualified`, `Degraded`, `Unsupported`, `NotPermitted` or `Unknown`.
+    pub verdict: String,
+    /// What to run, as the node's own table says.
+    pub advice: Value,
+    /// Verdict over each profile.
+    pub profiles: Vec<ProfileVerdict>,
+    /// The node's signature over the report.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub signature: Option<Value>,
+    /// The report's stable part.
+    pub report: Value,
+}
+
+/// One profile's verdict.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ProfileVerdict {
+    /// Id of the profile.
+    pub profile: String,
+    /// `qualified`, `degraded`, `unsupported` or `unknown`.
+    pub verdict: String,
+    /// Why it is not qualified.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub missing: String,
+    /// The smallest change that helps.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub hint: String,
+}
+
+use k8s_openapi::{ClusterResourceScope as Cluster, NamespaceResourceScope as Namespaced};
+crate::resource!(NodeQualification, "fleet.skerry.dev", "v1alpha1", "nodequalifications", Cluster);
 crate::resource!(Fleet, "fleet.skerry.dev", "v1alpha1", "fleets", Namespaced);
 crate::resource!(Site, "fleet.skerry.dev", "v1alpha1", "sites", Namespaced);
 crate::resource!(Release, "fleet.skerry.dev", "v1alpha1", "releases", Namespaced);
 
-/// The definitions of the kinds that live in a cluster: Fleet, Site, Release.
+/// The definition of NodeQualification, which CloudCore needs without the others.
+pub fn node_qualification_crd() -> Value {
+    let text = || json!({"type": "string"});
+    let anything = || json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
+    let spec = json!({"type": "object", "required": ["node"], "properties": {"node": text()}});
+    let status = json!({
+        "type": "object",
+        "properties": {
+            "kernel": text(), "arch": text(), "rules": text(), "digest": text(), "observedAt": text(),
+            "verdict": {
+                "type": "string",
+                "enum": ["Qualified", "Degraded", "Unsupported", "NotPermitted", "Unknown"],
+            },
+            "advice": anything(),
+            "profiles": {
+                "type": "array",
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["profile"],
+                "items": {
+                    "type": "object",
+                    "required": ["profile", "verdict"],
+                    "properties": {
+                        "profile": text(),
+                        "verdict": {
+                            "type": "string",
+                            "enum": ["qualified", "degraded", "unsupported", "unknown"],
+                        },
+                        "missing": text(),
+                        "hint": text(),
+                    },
+                },
+            },
+            "signature": anything(),
+            "report": anything(),
+        },
+    });
+    let column = |name: &str, path: &str| json!({"name": name, "type": "string", "jsonPath": path});
+    let columns = vec![
+        column("Verdict", ".status.verdict"),
+        column("Kernel", ".status.kernel"),
+        column("Network", ".status.advice.cni"),
+        column("Rules", ".status.rules"),
+        json!({"name": "Judged", "type": "date", "jsonPath": ".status.observedAt"}),
+    ];
+    let mut crd = crd("NodeQualification", "nodequalifications", spec, status, columns);
+    crd["spec"]["scope"] = "Cluster".into();
+    // One writer, who writes all of it at once.
+    if let Some(version) = crd["spec"]["versions"][0].as_object_mut() {
+        version.remove("subresources");
+    }
+    crd
+}
+
+/// The definitions of the kinds that live in a cluster: Fleet, Site, Release, NodeQualification.
 pub fn crds() -> Vec<Value> {
     let text = || json!({"type": "string"});
     let number = || json!({"type": "integer", "format": "int64"});
@@ -580,6 +748,12 @@ pub fn crds() -> Vec<Value> {
         "type": "object",
         "properties": {
             "health": text(), "message": text(), "since": text(), "nodesReady": number(), "nodesTotal": number(),
+            "network": {
+                "type": "object",
+                "properties": {
+                    "cni": text(), "proxy": text(), "stopped": {"type": "boolean"}, "message": text(), "hint": text(),
+                },
+            },
         },
     });
     let release_spec = json!({
@@ -628,7 +802,12 @@ pub fn crds() -> Vec<Value> {
             "sites",
             site_spec,
             site_status,
-            vec![column("Health", ".status.health"), column("Message", ".status.message"), age()],
+            vec![
+                column("Health", ".status.health"),
+                column("Network", ".status.network.cni"),
+                column("Message", ".status.message"),
+                age(),
+            ],
         ),
         crd(
             "Release",
@@ -645,6 +824,7 @@ pub fn crds() -> Vec<Value> {
                 age(),
             ],
         ),
+        node_qualification_crd(),
     ]
 }
 

@@ -41,6 +41,9 @@ pub(crate) enum Refused {
     /// The request makes no sense.
     #[error("{0}")]
     Invalid(String),
+    /// The API cannot do it yet.
+    #[error("not yet: {0}")]
+    Unready(String),
     /// There is nothing here that could do it.
     #[error("{0}")]
     Unsupported(String),
@@ -51,7 +54,7 @@ impl Refused {
     pub(crate) fn to_status(&self) -> Status {
         match self {
             Self::Api(status) => (**status).clone(),
-            Self::Unavailable(_) | Self::Unreadable(_) | Self::Stopping => {
+            Self::Unavailable(_) | Self::Unreadable(_) | Self::Stopping | Self::Unready(_) => {
                 Status::new(503, "ServiceUnavailable", self.to_string())
             }
             Self::Slow => Status::new(504, "Timeout", self.to_string()),
@@ -81,7 +84,7 @@ impl Refused {
     pub(crate) fn is_transient(&self) -> bool {
         match self {
             Self::Api(status) => status.code == 429 || status.code >= 500,
-            Self::Unavailable(_) | Self::Slow | Self::Unreadable(_) => true,
+            Self::Unavailable(_) | Self::Slow | Self::Unreadable(_) | Self::Unready(_) => true,
             _ => false,
         }
     }

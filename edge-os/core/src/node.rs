@@ -88,6 +88,19 @@ pub struct Health {
     pub rebuilding: bool,
     /// What is wrong with the appliance around this agent; none on every other machine.
     pub appliance: Option<Vec<String>>,
+    /// What the kernel was seen to carry; none before it was judged.
+    pub kernel: Option<KernelCondition>,
+}
+
+/// The condition `KernelQualified`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct KernelCondition {
+    /// Whether it holds; none: nobody can say.
+    pub holds: Option<bool>,
+    /// One word.
+    pub reason: String,
+    /// A sentence.
+    pub message: String,
 }
 
 /// The Node of this machine.
@@ -98,7 +111,7 @@ pub struct NodeReports {
     registered: bool,
     uid: Option<String>,
     /// Status and last transition, by type.
-    transitions: BTreeMap<&'static str, (bool, String)>,
+    transitions: BTreeMap<&'static str, (Option<bool>, String)>,
     /// The status as it is now, without heartbeats; made anew by whatever changes it.
     status: Arc<Value>,
     /// What the cluster took last of it. Where nothing has changed since it is the same value.
@@ -107,6 +120,8 @@ pub struct NodeReports {
     report_interval: Duration,
     /// Labels that the cluster's Node lacks.
     labels_owed: BTreeMap<String, String>,
+    /// What the cluster has of our labels, once it has told.
+    labels_told: Option<BTreeMap<String, String>>,
     /// Annotations that it lacks.
     annotations_owed: BTreeMap<String, String>,
     /// What the cluster has of [`Facts::annotations`].
@@ -161,6 +176,7 @@ impl NodeReports {
             reported_at: None,
             report_interval: REPORT_INTERVAL,
             labels_owed: BTreeMap::new(),
+            labels_told: None,
             annotations_owed: BTreeMap::new(),
             annotations_told: BTreeMap::new(),
             flight: None,
@@ -185,22 +201,26 @@ impl NodeReports {
         self.health = health;
         let time = format!("{:.0}", now.wall);
         let ready = self.health.not_ready.is_empty();
-        let was = self.transitions.get("Ready").map(|(status, _)| *status);
+        let was = self.transitions.get("Ready").and_then(|(status, _)| *status);
         let appliance = self.health.appliance.as_ref();
-        let appliance = appliance.map(|wrong| ("ApplianceHealthy", wrong.is_empty()));
+        let appliance = appliance.map(|wrong| ("ApplianceHealthy", Some(wrong.is_empty())));
+        let kernel = self.health.kernel.as_ref().map(|kernel| ("KernelQualified", kernel.holds));
         let usual = [
-            ("MemoryPressure", self.health.memory_pressure),
-            ("DiskPressure", self.health.disk_pressure),
-            ("PIDPressure", self.health.pid_pressure),
-            ("Ready", ready),
+            ("MemoryPressure", Some(self.health.memory_pressure)),
+            ("DiskPressure", Some(self.health.disk_pressure)),
+            ("PIDPressure", Some(self.health.pid_pressure)),
+            ("Ready", Some(ready)),
         ];
-        for (kind, status) in usual.into_iter().chain(appliance) {
+        for (kind, status) in usual.into_iter().chain(appliance).chain(kernel) {
             let known = self.transitions.entry(kind).or_insert_with(|| (status, time.clone()));
             if known.0 != status {
                 *known = (status, time.clone());
             }
         }
         self.annotations_owed = owed(&self.facts.annotations, |key| self.annotations_told.get(key));
+        if let Some(told) = &self.labels_told {
+            self.labels_owed = owed(&labels(&self.facts), |key| told.get(key));
+        }
         self.look();
         (was != Some(ready)).then_some(ready)
     }
@@ -210,14 +230,21 @@ impl NodeReports {
         if let Some(uid) = node["metadata"]["uid"].as_str() {
             self.uid = Some(uid.into());
         }
-        let theirs = &node["metadata"]["labels"];
-        self.labels_owed = labels(&self.facts)
-            .into_iter()
-            .filter(|(key, value)| theirs[key].as_str() != Some(value))
-            .collect();
-        let theirs = &node["metadata"]["annotations"];
-        let text = |key: &String| Some((key.clone(), theirs[key].as_str()?.to_owned()));
-        self.annotations_told = self.facts.annotations.keys().filter_map(text).collect();
+        let text =
+            |(key, value): (&String, &Value)| Some((key.clone(), value.as_str()?.to_owned()));
+        let texts = |field: &str| -> BTreeMap<String, String> {
+            let theirs = node["metadata"][field].as_object();
+            theirs.into_iter().flatten().filter_map(text).collect()
+        };
+        let wanted = labels(&self.facts);
+        let mut told = texts("labels");
+        self.labels_owed = owed(&wanted, |key| told.get(key));
+        // Others' are none of our business; those that we may want later are.
+        told.retain(|key, _| wanted.contains_key(key) || is_of_kernel(key));
+        self.labels_told = Some(told);
+        self.annotations_told = texts("annotations");
+        self.annotations_told
+            .retain(|key, _| self.facts.annotations.contains_key(key) || is_of_kernel(key));
         self.annotations_owed = owed(&self.facts.annotations, |key| self.annotations_told.get(key));
         let unknown =
             |condition: &Value| condition["type"] == "Ready" && condition["status"] == "Unknown";
@@ -310,7 +337,8 @@ impl NodeReports {
                 None
             }
             (Kind::Labels, Ok(_)) => {
-                self.labels_owed.clear();
+                let labels = std::mem::take(&mut self.labels_owed);
+                self.labels_told.get_or_insert_default().extend(labels);
                 self.annotations_told.append(&mut self.annotations_owed);
                 None
             }
@@ -492,6 +520,8 @@ impl NodeReports {
             several => format!("[{}]", several.join(", ")),
         };
         let wrong = health.appliance.as_deref().unwrap_or_default().join("; ");
+        let unknown = KernelCondition::default();
+        let kernel = health.kernel.as_ref().unwrap_or(&unknown);
         let words = [
             (
                 "MemoryPressure",
@@ -518,6 +548,11 @@ impl NodeReports {
                 ["ApplianceProblem", "ApplianceFine"],
                 [&wrong, "the appliance is as it should be"],
             ),
+            (
+                "KernelQualified",
+                [kernel.reason.as_str(), kernel.reason.as_str()],
+                [&kernel.message, &kernel.message],
+            ),
         ];
         words
             .into_iter()
@@ -527,8 +562,8 @@ impl NodeReports {
                     "type": kind,
                     "status": truth(*status),
                     "lastTransitionTime": since,
-                    "reason": reasons[usize::from(*status)],
-                    "message": messages[usize::from(*status)],
+                    "reason": reasons[usize::from(*status == Some(true))],
+                    "message": messages[usize::from(*status == Some(true))],
                 });
                 if let Some(now) = heartbeat {
                     condition["lastHeartbeatTime"] = json!(format!("{:.0}", now.wall));
@@ -568,8 +603,17 @@ fn owed<'a>(
     wanted.iter().filter(missing).map(|(key, value)| (key.clone(), value.clone())).collect()
 }
 
-fn truth(status: bool) -> &'static str {
-    if status { "True" } else { "False" }
+/// Labels and annotations that tell of the kernel; known only after it was judged.
+fn is_of_kernel(key: &str) -> bool {
+    key.starts_with("qualification.skerry.dev/") || key.starts_with("feature.node.kubernetes.io/")
+}
+
+fn truth(status: Option<bool>) -> &'static str {
+    match status {
+        Some(true) => "True",
+        Some(false) => "False",
+        None => "Unknown",
+    }
 }
 
 fn quantity(bytes: u64) -> String {
@@ -661,6 +705,57 @@ mod tests {
         assert_eq!(update["metadata"]["annotations"], json!({"skerry.dev/image-version": "1.1"}));
         node.handle_reply(now.mono, Ok(json!({})));
         assert_eq!(send(&mut node, now), None);
+    }
+
+    #[test]
+    fn labels_and_condition_of_a_kernel_that_was_judged_after_the_registration_follow() {
+        let now = now();
+        let mut node = registered(now);
+        assert_eq!(send(&mut node, now), None);
+        let judged = |word: &str, holds| {
+            let labels = [("qualification.skerry.dev/cilium".to_owned(), word.to_owned())].into();
+            let kernel =
+                KernelCondition { holds, reason: word.to_owned(), message: "why".to_owned() };
+            (Facts { labels, ..facts() }, Health { kernel: Some(kernel), ..Health::default() })
+        };
+        for (word, holds, status) in [
+            ("qualified", Some(true), "True"),
+            ("unsupported", Some(false), "False"),
+            ("unknown", None, "Unknown"),
+        ] {
+            let (facts, health) = judged(word, holds);
+            node.update(now, facts, health);
+            let (operation, _, patch) = send(&mut node, now).expect("a patch");
+            assert_eq!(operation, Operation::Patch);
+            let patch: Value = serde_json::from_str(patch.as_str().expect("text")).expect("JSON");
+            let condition = &patch["status"]["conditions"][4];
+            assert_eq!(
+                (&condition["type"], &condition["status"], &condition["reason"]),
+                (&json!("KernelQualified"), &json!(status), &json!(word))
+            );
+            node.handle_reply(now.mono, Ok(json!({})));
+            let (operation, _, update) = send(&mut node, now).expect("labels");
+            assert_eq!(operation, Operation::Update);
+            assert_eq!(
+                update["metadata"],
+                json!({"name": "edge1", "labels": {"qualification.skerry.dev/cilium": word}})
+            );
+            node.handle_reply(now.mono, Ok(json!("OK")));
+            assert_eq!(send(&mut node, now), None, "everything is told");
+        }
+        // The agent starts again: the cluster has the labels already.
+        let mut node = NodeReports::new(facts(), 1);
+        let (later, health) = judged("unknown", None);
+        node.update(now, facts(), Health::default());
+        send(&mut node, now);
+        node.handle_reply(now.mono, Err((409, "already exists".into())));
+        let mut theirs = labels(&later);
+        theirs.insert("someone".into(), "else".into());
+        node.handle_own_node(&json!({"metadata": {"uid": "n", "labels": theirs}}));
+        node.update(now, later, health);
+        send(&mut node, now).expect("a patch");
+        node.handle_reply(now.mono, Ok(json!({})));
+        assert_eq!(send(&mut node, now), None, "no label is missing");
     }
 
     #[test]

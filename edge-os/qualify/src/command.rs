@@ -5,7 +5,9 @@ use crate::kconfig::{Config, Release};
 use crate::live;
 use crate::modules::Modules;
 use crate::probe::{self, Autoload, Plan};
+use crate::publish;
 use crate::report::{self, Mode, Report, Subject};
+use crate::sign;
 use crate::table::Table;
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -17,6 +19,8 @@ const USAGE: &str = "Says which networks and runtimes this box, or a kernel's co
 Usage: skerry qualify [OPTIONS]              the running machine
        skerry qualify --config FILE          a kernel's configuration (.config, config.gz, defconfig, vmlinux)
        skerry qualify diff A B               two reports (JSON) or two configurations
+       skerry qualify verify FILE --ca FILE  a report that a node has signed
+       skerry qualify --node NAME [--again]  what a node of the cluster reported; judged anew (`skerry` only)
 
 Options:
   --config FILE          judge this configuration, run nothing
@@ -27,6 +31,8 @@ Options:
   --autoload WHICH       modules that probes may make the kernel load: none, known (default), all
   --state DIR            folder whose disk is timed (default: the current one)
   --require PROFILE      answer no unless this profile is qualified; may be given again
+  --profile PROFILE      with `diff`: only what this profile needs counts; may be given again
+  --ca FILE              with `verify`: certificates of the cluster's CA (PEM)
   --output FORM          text (default), json or html
   --explain ID           what a check asks, and what it found
   --list                 all checks and profiles
@@ -45,6 +51,10 @@ struct Args {
     explain: Option<String>,
     list: bool,
     diff: Option<(PathBuf, PathBuf)>,
+    /// What counts in a difference.
+    needed: Vec<String>,
+    verify: Option<PathBuf>,
+    ca: Option<PathBuf>,
     help: bool,
     autoload: Option<Autoload>,
     state: Option<PathBuf>,
@@ -99,6 +109,14 @@ pub enum CommandError {
         /// Why no configuration.
         config: String,
     },
+    /// Not a report.
+    #[error("`{path}` is no report: {source}\nhint: `skerry qualify --output json` writes one")]
+    NoReport {
+        /// Which one.
+        path: PathBuf,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
     /// This program cannot find itself.
     #[error("could not find this program's own file: {0}")]
     Program(std::io::Error),
@@ -140,6 +158,8 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, CommandError> {
             "--arch" => parsed.arch = Some(value()?),
             "--profiles" => parsed.profiles.push(value()?.into()),
             "--require" => parsed.require.push(value()?),
+            "--profile" => parsed.needed.push(value()?),
+            "--ca" => parsed.ca = Some(value()?.into()),
             "--explain" => parsed.explain = Some(value()?),
             "--output" => {
                 parsed.output = match value()?.as_str() {
@@ -175,6 +195,11 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, CommandError> {
                 };
                 parsed.diff = Some((a.into(), b.into()));
             }
+            "verify" => {
+                let file = args.next();
+                let usage = || CommandError::Usage("`verify` needs a file".into());
+                parsed.verify = Some(file.ok_or_else(usage)?.into());
+            }
             other => return Err(CommandError::Usage(format!("`{other}` is no option"))),
         }
         if inline.is_some() {
@@ -203,7 +228,10 @@ fn answer(prefix: &[&str], args: Args) -> Result<(String, u8), CommandError> {
     if args.list {
         return Ok((list(&table), 0));
     }
-    for profile in &args.require {
+    if let Some(path) = &args.verify {
+        return verify(path, &args);
+    }
+    for profile in args.require.iter().chain(&args.needed) {
         if table.profile(profile).is_none() {
             let ids: Vec<_> = table.profiles.iter().map(|p| p.id.as_str()).collect();
             let text = format!("there is no profile `{profile}`; there are {}", ids.join(", "));
@@ -211,7 +239,7 @@ fn answer(prefix: &[&str], args: Args) -> Result<(String, u8), CommandError> {
         }
     }
     if let Some((a, b)) = &args.diff {
-        return Ok(difference(&load(&table, a)?, &load(&table, b)?, &args));
+        return Ok(difference(&table, &load(&table, a)?, &load(&table, b)?, &args));
     }
     let (report, volatile) = match &args.config {
         Some(path) => (from_config(&table, path, &args)?, None),
@@ -284,8 +312,48 @@ fn load(table: &Table, path: &Path) -> Result<Report, CommandError> {
     })
 }
 
-fn difference(a: &Report, b: &Report, args: &Args) -> (String, u8) {
-    let changes = report::diff(a, b);
+/// Whether a node has signed a report: 0 it has, 1 it has not.
+fn verify(path: &Path, args: &Args) -> Result<(String, u8), CommandError> {
+    let read = |path: &Path| {
+        std::fs::read_to_string(path)
+            .map_err(|source| CommandError::Read { path: path.into(), source })
+    };
+    let Some(ca) = &args.ca else {
+        return Err(CommandError::Usage("`verify` needs `--ca FILE`".into()));
+    };
+    let file: report::File = serde_json::from_str(&read(path)?)
+        .map_err(|source| CommandError::NoReport { path: path.into(), source })?;
+    let (json, text, code) = match sign::verify(&file, &read(ca)?) {
+        Ok(signer) => {
+            let (name, kernel) = (&signer.node, &file.report.subject.kernel);
+            let at = file.signature.as_ref().map(|signature| publish::rfc3339(signature.at_s));
+            let at = at.unwrap_or_default();
+            let text = format!(
+                "node `{name}` signed this report of Linux {kernel} at {at} (certificate {})\n",
+                signer.serial
+            );
+            let json = serde_json::json!({"signed": true, "node": name, "serial": signer.serial,
+                "digest": file.digest, "at": at});
+            (json, text, 0)
+        }
+        Err(error) => {
+            let hint = error.hint();
+            let json =
+                serde_json::json!({"signed": false, "reason": error.to_string(), "hint": hint});
+            (json, format!("no: {error}\nhint: {hint}\n"), 1)
+        }
+    };
+    match args.output {
+        Output::Json => Ok((format!("{json}\n"), code)),
+        Output::Text | Output::Html => Ok((text, code)),
+    }
+}
+
+fn difference(table: &Table, a: &Report, b: &Report, args: &Args) -> (String, u8) {
+    let changes = match args.needed.as_slice() {
+        [] => report::diff(a, b),
+        needed => report::lost(table, a, b, needed),
+    };
     let worse = changes.iter().any(|change| change.regression);
     if args.output == Output::Json {
         let json = serde_json::to_string_pretty(&changes).expect("texts only") + "\n";
@@ -293,7 +361,13 @@ fn difference(a: &Report, b: &Report, args: &Args) -> (String, u8) {
     }
     let mut out = String::new();
     if changes.is_empty() {
-        let _ = writeln!(out, "{} and {} can do the same", a.subject.name, b.subject.name);
+        let (a, b) = (&a.subject.name, &b.subject.name);
+        let _ = match args.needed.as_slice() {
+            [] => writeln!(out, "{a} and {b} can do the same"),
+            needed => {
+                writeln!(out, "{b} loses nothing that {} needs against {a}", needed.join(", "))
+            }
+        };
         return (out, 0);
     }
     let width = changes.iter().map(|change| change.id.len()).max().unwrap_or(0);

@@ -162,16 +162,11 @@ impl Config {
     ///
     /// [`ConfigError`].
     pub fn read(bytes: &[u8]) -> Result<Self, ConfigError> {
-        if bytes.starts_with(b"\x1f\x8b") {
+        if [GZIP, XZ, ZSTD].iter().any(|magic| bytes.starts_with(magic)) {
             return Self::parse(&unpack(bytes)?);
         }
-        let packed = [
-            (&b"\xfd7zXZ\0"[..], "xz"),
-            (&b"\x28\xb5\x2f\xfd"[..], "zstd"),
-            (&b"BZh"[..], "bzip2"),
-        ];
-        if let Some((_, name)) = packed.iter().find(|(magic, _)| bytes.starts_with(magic)) {
-            return Err(ConfigError::Packed(name));
+        if bytes.starts_with(b"BZh") {
+            return Err(ConfigError::Packed("bzip2"));
         }
         // A kernel image with the configuration inside.
         let marker = b"IKCFG_ST";
@@ -306,10 +301,32 @@ impl Config {
     }
 }
 
+const GZIP: &[u8] = b"\x1f\x8b";
+const XZ: &[u8] = b"\xfd7zXZ\0";
+const ZSTD: &[u8] = b"\x28\xb5\x2f\xfd";
+/// Most memory that an xz stream may ask for: kernels pack with at most 64 MiB.
+const XZ_MEMORY_MAX: u64 = 128 << 20;
+/// Largest window of a zstd stream, as a power of two: 128 MiB.
+const ZSTD_WINDOW_MAX: u32 = 27;
+
+/// Unpacks what gzip, xz or zstd have packed.
 fn unpack(bytes: &[u8]) -> Result<String, ConfigError> {
     let mut text = Vec::new();
-    let mut unpacked = flate2::read::GzDecoder::new(bytes).take(CONFIG_LEN_MAX + 1);
-    unpacked.read_to_end(&mut text).map_err(ConfigError::Unpack)?;
+    let bound = CONFIG_LEN_MAX + 1;
+    if bytes.starts_with(XZ) {
+        let stream = liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY_MAX, 0)
+            .map_err(|error| ConfigError::Unpack(error.into()))?;
+        let unpacked = liblzma::bufread::XzDecoder::new_stream(bytes, stream);
+        unpacked.take(bound).read_to_end(&mut text).map_err(ConfigError::Unpack)?;
+    } else if bytes.starts_with(ZSTD) {
+        let mut unpacked =
+            zstd::stream::read::Decoder::with_buffer(bytes).map_err(ConfigError::Unpack)?;
+        unpacked.window_log_max(ZSTD_WINDOW_MAX).map_err(ConfigError::Unpack)?;
+        unpacked.take(bound).read_to_end(&mut text).map_err(ConfigError::Unpack)?;
+    } else {
+        let unpacked = flate2::read::GzDecoder::new(bytes);
+        unpacked.take(bound).read_to_end(&mut text).map_err(ConfigError::Unpack)?;
+    }
     if text.len() as u64 > CONFIG_LEN_MAX {
         return Err(ConfigError::TooLong);
     }
@@ -394,7 +411,26 @@ mod tests {
         let image = [&b"\x7fELF...IKCFG_ST"[..], &packed, b"IKCFG_ED"].concat();
         assert_eq!(Config::read(&image).expect("config").setting("VETH"), Setting::Module);
         assert!(matches!(Config::read(b"hello"), Err(ConfigError::NoSymbols)));
-        assert!(matches!(Config::read(b"\xfd7zXZ\0.."), Err(ConfigError::Packed("xz"))));
+        assert!(matches!(Config::read(b"BZh9.."), Err(ConfigError::Packed("bzip2"))));
+    }
+
+    #[test]
+    fn xz_and_zstd_are_read_and_neither_bombs_nor_damage_hurt() {
+        let xz = |bytes: &[u8]| {
+            let mut packed = Vec::new();
+            let mut packer = liblzma::bufread::XzEncoder::new(bytes, 1);
+            packer.read_to_end(&mut packed).expect("memory");
+            packed
+        };
+        let zstd = |bytes: &[u8]| zstd::encode_all(bytes, 1).expect("memory");
+        let bomb = vec![b'\n'; CONFIG_LEN_MAX as usize + 1];
+        for pack in [&xz as &dyn Fn(&[u8]) -> Vec<u8>, &zstd] {
+            let packed = pack(b"CONFIG_VETH=m\n");
+            assert_eq!(Config::read(&packed).expect("config").setting("VETH"), Setting::Module);
+            let cut = &packed[..packed.len() / 2];
+            assert!(matches!(Config::read(cut), Err(ConfigError::Unpack(_))));
+            assert!(matches!(Config::read(&pack(&bomb)), Err(ConfigError::TooLong)));
+        }
     }
 
     #[test]

@@ -12,5 +12,7 @@ pub mod kconfig;
 pub mod live;
 pub mod modules;
 pub mod probe;
+pub mod publish;
 pub mod report;
+pub mod sign;
 pub mod table;

@@ -4,7 +4,8 @@
 //! changes from run to run (times, counters) stands apart.
 
 use crate::judge::{self, Advice, Evidence, Fact, Judgement, Lack, State, Verdict};
-use crate::table::Table;
+use crate::sign::Signature;
+use crate::table::{Check, Table};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -95,6 +96,16 @@ pub struct File {
     /// The volatile part, when it was tried on a machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub volatile: Option<Volatile>,
+    /// Of the node that was judged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signature: Option<Signature>,
+}
+
+impl File {
+    /// The whole file.
+    pub fn json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("a report has only texts as keys") + "\n"
+    }
 }
 
 impl Report {
@@ -123,9 +134,13 @@ impl Report {
 
     /// The whole file: stable part, its digest, volatile part.
     pub fn json_with(&self, volatile: Option<&Volatile>) -> String {
-        let file =
-            File { report: self.clone(), digest: self.digest(), volatile: volatile.cloned() };
-        serde_json::to_string_pretty(&file).expect("a report has only texts as keys") + "\n"
+        let file = File {
+            report: self.clone(),
+            digest: self.digest(),
+            volatile: volatile.cloned(),
+            signature: None,
+        };
+        file.json()
     }
 
     /// SHA-256 of [`Self::json`], `sha256:<hex>`; what a signature is over.
@@ -209,23 +224,7 @@ impl Report {
             let (Some(fact), Some(check)) = (self.facts.get(id), table.checks.get(id)) else {
                 continue;
             };
-            let symbols = check.config.as_ref().map(|expr| expr.to_string());
-            let built = symbols.map(|symbols| format!("a kernel with {symbols}"));
-            let module = check.module_name().map(|name| format!("the package with module {name}"));
-            let (cost, what) = match fact.state {
-                State::Present | State::Unloaded | State::NotJudged => continue,
-                State::DisabledBySysctl => (0, check.hint.clone()),
-                State::DisabledAtBoot => {
-                    (1, check.hint.clone().or(Some("another boot option".into())))
-                }
-                State::ModuleDenied => (2, Some("allow modules to be loaded".into())),
-                State::ModuleMissing => (3, module.or(built)),
-                State::Missing => (4, check.hint.clone().or(built)),
-                State::TooOld => (5, check.since.map(|since| format!("a kernel from {since} on"))),
-                State::NotPermitted => (6, Some("run again as root, outside a container".into())),
-                State::Unknown => (7, Some("run again on the machine itself".into())),
-            };
-            let Some(what) = what else { continue };
+            let Some((cost, what)) = remedy(check, fact.state) else { continue };
             let names = match profiles.as_slice() {
                 few if few.len() <= 3 => few.join(", "),
                 many => format!("{} and {} more", many[..2].join(", "), many.len() - 2),
@@ -239,6 +238,21 @@ impl Report {
         lines.sort();
         lines.dedup_by(|a, b| a.2 == b.2);
         lines.into_iter().map(|(_, _, line)| line).collect()
+    }
+
+    /// The smallest change that helps a profile which is not qualified; its needs come first.
+    pub fn hint(&self, table: &Table, judgement: &Judgement) -> Option<String> {
+        let of = |lack: &Lack| {
+            let remedies = lack
+                .checks
+                .iter()
+                .filter_map(|id| remedy(table.checks.get(id)?, self.facts.get(id)?.state));
+            remedies.min()
+        };
+        let (needs, wants): (Vec<&Lack>, Vec<&Lack>) =
+            judgement.lacks.iter().partition(|lack| lack.lost.is_none());
+        let first = |lacks: Vec<&Lack>| lacks.into_iter().filter_map(of).min();
+        first(needs).or_else(|| first(wants)).map(|(_, what)| what)
     }
 
     /// One page that needs nothing else.
@@ -321,8 +335,27 @@ fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
+/// What would make a check good, with how much of a change that is; nothing when it is good or nobody knows.
+fn remedy(check: &Check, state: State) -> Option<(u8, String)> {
+    let symbols = check.config.as_ref().map(|expr| expr.to_string());
+    let built = symbols.map(|symbols| format!("a kernel with {symbols}"));
+    let module = check.module_name().map(|name| format!("the package with module {name}"));
+    let (cost, what) = match state {
+        State::Present | State::Unloaded | State::NotJudged => return None,
+        State::DisabledBySysctl => (0, check.hint.clone()),
+        State::DisabledAtBoot => (1, check.hint.clone().or(Some("another boot option".into()))),
+        State::ModuleDenied => (2, Some("allow modules to be loaded".into())),
+        State::ModuleMissing => (3, module.or(built)),
+        State::Missing => (4, check.hint.clone().or(built)),
+        State::TooOld => (5, check.since.map(|since| format!("a kernel from {since} on"))),
+        State::NotPermitted => (6, Some("run again as root, outside a container".into())),
+        State::Unknown => (7, Some("run again on the machine itself".into())),
+    };
+    Some((cost, what?))
+}
+
 /// Why a verdict is not "qualified", in one line.
-fn reason(judgement: &Judgement) -> String {
+pub(crate) fn reason(judgement: &Judgement) -> String {
     let mut parts: Vec<String> = judgement.notes.clone();
     let (needs, wants): (Vec<&Lack>, Vec<&Lack>) =
         judgement.lacks.iter().partition(|lack| lack.lost.is_none());
@@ -397,4 +430,23 @@ pub fn diff(before: &Report, after: &Report) -> Vec<Change> {
     }
     changes.sort_by_key(|change| (change.of != "profile", !change.regression));
     changes
+}
+
+/// What `after` lacks of what these profiles need or want and had in `before`: their verdicts that got worse, and the
+/// checks that decide them. Nothing: a kernel can be replaced by the other where these profiles run.
+pub fn lost(table: &Table, before: &Report, after: &Report, profiles: &[String]) -> Vec<Change> {
+    let needed = |id: &str| {
+        profiles.iter().filter_map(|profile| table.profile(profile)).any(|profile| {
+            let wants = profile.wants.iter().map(|want| &want.expr);
+            profile.needs.iter().chain(wants).any(|expr| expr.names().contains(&id))
+        })
+    };
+    diff(before, after)
+        .into_iter()
+        .filter(|change| change.regression)
+        .filter(|change| match change.of {
+            "profile" => profiles.contains(&change.id),
+            _ => needed(&change.id),
+        })
+        .collect()
 }

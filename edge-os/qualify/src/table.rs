@@ -73,6 +73,16 @@ pub struct Rung {
     pub lost: Option<String>,
 }
 
+/// A label of the Node that says whether a check is good.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Label {
+    /// Behind the domain.
+    pub name: String,
+    /// Id of the check.
+    pub check: String,
+}
+
 /// Everything that is asked and judged.
 #[derive(Debug, Clone)]
 pub struct Table {
@@ -82,6 +92,8 @@ pub struct Table {
     pub profiles: Vec<Profile>,
     /// Best first.
     pub ladder: Vec<Rung>,
+    /// Labels that a node gets.
+    pub labels: Vec<Label>,
     /// Release of the built-in rules.
     pub release: String,
     sets: BTreeMap<String, Expr>,
@@ -179,6 +191,8 @@ struct ProfilesFile {
     profile: Vec<ProfileRow>,
     #[serde(default)]
     ladder: Vec<Rung>,
+    #[serde(default)]
+    label: Vec<Label>,
 }
 
 #[derive(Deserialize)]
@@ -237,6 +251,7 @@ impl Table {
             checks,
             profiles: Vec::new(),
             ladder: Vec::new(),
+            labels: Vec::new(),
             release: String::new(),
             sets: BTreeMap::new(),
         };
@@ -305,7 +320,16 @@ impl Table {
                 return Err(no_such("ladder", name));
             }
         }
+        if let Some(label) = rows.label.iter().find(|row| !self.checks.contains_key(&row.check)) {
+            return Err(TableError::NoSuch {
+                file: file.into(),
+                of: label.name.clone(),
+                name: label.check.clone(),
+                kind: "check",
+            });
+        }
         self.sets = sets;
+        self.labels.extend(rows.label);
         self.profiles.extend(profiles);
         // A person's own ladder goes before the built-in one.
         self.ladder.splice(0..0, rows.ladder);
@@ -363,6 +387,11 @@ impl Table {
                 }
             },
         })
+    }
+
+    /// SHA-256 over the built-in checks and profiles: with another one, what was judged before is judged again.
+    pub fn built_in_digest() -> String {
+        crate::report::digest(format!("{CHECKS}\0{PROFILES}").as_bytes())
     }
 
     /// The profile with this id.

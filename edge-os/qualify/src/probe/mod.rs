@@ -79,6 +79,11 @@ enum Line {
     Measured(String, f64),
 }
 
+/// Lets everything else on the machine go before the probes of this process.
+pub fn give_way() {
+    sys::give_way();
+}
+
 fn group_of(probe: &str) -> &'static str {
     match probe {
         "bpf-link" => "net",
