@@ -62,9 +62,18 @@ fn print(fleet: &FleetStatus) -> Result<()> {
     }
     let sites = fleet.sites.iter().map(|row| {
         let nodes = format!("{}/{}", row.nodes_ready, row.nodes_total);
-        vec![row.site.clone(), row.health.clone(), nodes, row.age.clone(), row.message.clone()]
+        let network = row.network.as_ref().and_then(|network| network.cni.clone());
+        vec![
+            row.site.clone(),
+            row.health.clone(),
+            nodes,
+            network.unwrap_or_else(|| "-".into()),
+            row.age.clone(),
+            row.message.clone(),
+        ]
     });
-    table::print(&["SITE", "HEALTH", "NODES", "AGE", "MESSAGE"], &sites.collect::<Vec<_>>())?;
+    let header = ["SITE", "HEALTH", "NODES", "NETWORK", "AGE", "MESSAGE"];
+    table::print(&header, &sites.collect::<Vec<_>>())?;
     out::line("")?;
     let releases = fleet.releases.iter().map(|row| {
         vec![

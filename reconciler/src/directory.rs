@@ -1,5 +1,6 @@
 //! Reads a working directory as a [`Source`], for `skerry render` and `skerry diff`.
 
+use crate::qualification::Profiles;
 use skerry_reconciler_core::{FILE_MAX, Rendered, Source, SourceError, render};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -48,7 +49,10 @@ pub fn render_dir(path: &Path) -> Result<Rendered, ReadError> {
             add(&mut source, &entry.path(), &name)?;
         }
     }
-    Ok(render(&source))
+    let mut rendered = render(&source);
+    // For what it finds wrong.
+    Profiles::new(&mut rendered);
+    Ok(rendered)
 }
 
 fn add(source: &mut Source, path: &Path, name: &str) -> Result<(), ReadError> {

@@ -4,6 +4,7 @@
 //! [`Change`]; the objects themselves are in the picture. What nobody reads (managed fields, the content of ConfigMaps
 //! and Secrets, a node's image list) is dropped on arrival.
 
+use crate::qualification;
 use futures::StreamExt;
 use kube::api::{Api, ApiResource, DynamicObject};
 use kube::runtime::reflector::{self, ObjectRef, Store};
@@ -17,6 +18,7 @@ use skerry_api::fleet::v1alpha1::{
 use skerry_reconciler_core::{ObjectId, ReleaseKey};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
@@ -28,7 +30,7 @@ pub(crate) const CHANGES_MAX: usize = 1024;
 pub(crate) enum Change {
     /// An object of a release.
     Object { release: ReleaseKey, id: ObjectId, version: Version, deleted: bool },
-    /// A node.
+    /// A node, or what it reported of its kernel.
     Node,
     /// One of our own reports was deleted: a Release has site and app, a Site has a site, a Fleet has neither.
     ReportGone { site: Option<String>, app: Option<String> },
@@ -89,9 +91,10 @@ impl Live {
             return;
         }
         let is_node = key == (String::new(), "Node".to_owned());
-        let is_report = resource.group == fleet::GROUP;
+        let is_kernel = qualification::is_report(&resource.group, &resource.kind);
+        let is_report = resource.group == fleet::GROUP && !is_kernel;
         let selector = format!("{MANAGED_BY_LABEL}={MANAGED_BY}");
-        let config = if is_node {
+        let config = if is_node || is_kernel {
             watcher::Config::default()
         } else {
             watcher::Config::default().labels(&selector)
@@ -107,7 +110,9 @@ impl Live {
             let mut stream = std::pin::pin!(reflect(writer, stream));
             while let Some(event) = stream.next().await {
                 let change = match event {
-                    Ok(Event::Apply(_) | Event::Delete(_)) if is_node => Some(Change::Node),
+                    Ok(Event::Apply(_) | Event::Delete(_)) if is_node || is_kernel => {
+                        Some(Change::Node)
+                    }
                     Ok(Event::Delete(object)) if is_report => {
                         let label = |name: &str| object.labels().get(name).cloned();
                         Some(Change::ReportGone { site: label(SITE_LABEL), app: label(APP_LABEL) })
@@ -142,6 +147,13 @@ impl Live {
             reference = reference.within(&id.namespace);
         }
         Ok(watch.store.get(&reference))
+    }
+
+    /// Waits until the first full picture of a kind is there, for at most `longest`. Returns at once when it is not watched.
+    pub(crate) async fn synced(&self, group: &str, kind: &str, longest: Duration) {
+        let Some(watch) = self.watches.get(&(group.to_owned(), kind.to_owned())) else { return };
+        let store = watch.store.clone();
+        let _ = tokio::time::timeout(longest, store.wait_until_ready()).await;
     }
 
     /// All live objects of a kind.
@@ -182,6 +194,10 @@ fn change(api_version: &str, kind: &str, object: &DynamicObject, deleted: bool) 
 fn slim(object: &mut DynamicObject) {
     object.metadata.managed_fields = None;
     object.metadata.annotations = None;
+    if object.types.as_ref().is_some_and(|types| types.kind == qualification::KIND) {
+        qualification::slim(object);
+        return;
+    }
     let is_report =
         object.types.as_ref().is_some_and(|types| types.api_version == fleet::API_VERSION);
     if let Some(fields) = object.data.as_object_mut() {

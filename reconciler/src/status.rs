@@ -4,7 +4,9 @@ use crate::cluster::{ClusterError, within};
 use kube::api::{Api, ListParams};
 use kube::{Client, ResourceExt};
 use serde::Serialize;
-use skerry_api::fleet::v1alpha1::{FLEET_NAME, Fleet, Problem, Release, SYSTEM_NAMESPACE, Site};
+use skerry_api::fleet::v1alpha1::{
+    FLEET_NAME, Fleet, Problem, Release, SYSTEM_NAMESPACE, Site, SiteNetwork,
+};
 use skerry_reconciler_core::health::age;
 use std::time::Duration;
 
@@ -47,6 +49,9 @@ pub struct SiteRow {
     pub age: String,
     /// A sentence about it.
     pub message: String,
+    /// The network that it gets, when it asks for one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<SiteNetwork>,
 }
 
 /// One app on one site.
@@ -122,7 +127,14 @@ pub async fn status(client: Client) -> Result<FleetStatus, StatusError> {
                 nodes_ready: status.nodes_ready,
                 nodes_total: status.nodes_total,
                 age: since(status.since.as_deref()),
-                message: status.message,
+                // A site that gets nothing new says why before it says how its nodes are.
+                message: match &status.network {
+                    Some(network) if network.stopped => {
+                        format!("stopped at the gate: {}", network.message)
+                    }
+                    _ => status.message,
+                },
+                network: status.network,
             }
         })
         .collect();

@@ -6,7 +6,9 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Client, ResourceExt};
 use serde_json::json;
-use skerry_api::fleet::v1alpha1::{Fleet, Release, ReleaseStatus, SITE_LABEL, Site};
+use skerry_api::fleet::v1alpha1::{
+    Fleet, NodeQualification, Release, ReleaseStatus, SITE_LABEL, Site, SiteNetwork,
+};
 use skerry_apiserver::{ApiServer, Durability};
 use skerry_reconciler::{Action, Config, diff, render_dir, run, status};
 use std::path::{Path, PathBuf};
@@ -624,5 +626,135 @@ async fn a_diff_names_what_a_push_would_do_and_changes_nothing() {
     let changes = diff(world.client.clone(), &render_dir(&world.work()).unwrap()).await.unwrap();
     assert!(changes.iter().any(|change| change.name == "page" && change.action == Action::Prune));
     assert_eq!(world.text("a", "page").await.as_deref(), Some("hello"));
+    world.end().await;
+}
+
+/// A node with a kernel, and what it reports of it.
+async fn report(world: &World, node: &str, kernel: &str, rows: &[(&str, &str, &str)]) {
+    let nodes: Api<Node> = Api::all(world.client.clone());
+    let object = serde_json::from_value(json!({"metadata": {"name": node}})).unwrap();
+    let _ = nodes.create(&PostParams::default(), &object).await;
+    let status = json!({"status": {"nodeInfo": {
+        "kernelVersion": kernel, "machineID": "", "systemUUID": "", "bootID": "", "osImage": "",
+        "containerRuntimeVersion": "", "kubeletVersion": "", "kubeProxyVersion": "", "operatingSystem": "",
+        "architecture": "",
+    }}});
+    nodes.patch_status(node, &PatchParams::default(), &Patch::Merge(&status)).await.unwrap();
+    let profiles: Vec<_> = rows
+        .iter()
+        .map(|(profile, verdict, missing)| {
+            json!({"profile": profile, "verdict": verdict, "missing": missing, "hint": "another kernel"})
+        })
+        .collect();
+    let facts = json!({"link.vcan": {"state": "missing", "source": "probe", "evidence": ""}});
+    let object = json!({
+        "apiVersion": "fleet.skerry.dev/v1alpha1", "kind": "NodeQualification",
+        "metadata": {"name": node}, "spec": {"node": node},
+        "status": {"kernel": "6.12.1", "arch": "x86_64", "verdict": "Qualified", "profiles": profiles,
+            "report": {"facts": facts}},
+    });
+    let reports: Api<NodeQualification> = Api::all(world.client.clone());
+    let apply = PatchParams::apply("test").force();
+    wait("the report is taken", async || {
+        reports.patch(node, &apply, &Patch::Apply(&object)).await.ok()
+    })
+    .await;
+}
+
+async fn network(world: &World, site: &str, what: &str, good: impl Fn(&SiteNetwork) -> bool) {
+    let sites: Api<Site> = Api::namespaced(world.client.clone(), &format!("site-{site}"));
+    wait(what, async || sites.get_opt(site).await.ok()??.status?.network.filter(&good)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_site_whose_node_does_not_carry_its_network_is_stopped_at_the_gate_until_it_does() {
+    let world = World::new().await;
+    report(&world, "a-1", "6.12.1", &[("cilium", "unsupported", "bpf.btf missing")]).await;
+    world.small_fleet();
+    world.site("a", "{nodes: [a-1], cni: cilium, vars: {greeting: hello}}");
+    world.site("b", "{vars: {greeting: hello}}");
+    world.push();
+
+    let stopped = world.wait_for_release("a", "page", |status| status.health == "Stalled").await;
+    for word in ["`cilium`", "`a-1`", "bpf.btf missing", "hint: another kernel"] {
+        assert!(stopped.message.contains(word), "{}", stopped.message);
+    }
+    let reason = &stopped.conditions.iter().find(|one| one.kind == "Ready").unwrap().reason;
+    assert_eq!(reason, "NetworkNotQualified");
+    network(&world, "a", "the site says that it is stopped", |network| network.stopped).await;
+    // Its neighbours are none of its business.
+    world.wait_for_text("b", "page", "hello").await;
+    assert_eq!(world.text("a", "page").await, None, "nothing of it was applied");
+    let row = status_of(&world).await.sites.into_iter().find(|row| row.site == "a").unwrap();
+    assert!(row.message.starts_with("stopped at the gate"), "{}", row.message);
+
+    report(&world, "a-1", "6.12.1", &[("cilium", "degraded", "without tracing")]).await;
+    world.wait_for_text("a", "page", "hello").await;
+    network(&world, "a", "the gate is open", |network| !network.stopped).await;
+
+    // What is applied stays, and what is new waits, when the node comes back with a worse kernel.
+    report(&world, "a-1", "6.12.1", &[("cilium", "unsupported", "bpf.btf missing")]).await;
+    network(&world, "a", "the gate is closed", |network| network.stopped).await;
+    world.site("a", "{nodes: [a-1], cni: cilium, vars: {greeting: changed}}");
+    world.push();
+    world.wait_for_release("a", "page", |status| status.health == "Stalled").await;
+    assert_eq!(world.text("a", "page").await.as_deref(), Some("hello"));
+
+    // A report of another kernel than the node runs says nothing; unknown nodes are let through.
+    report(&world, "a-1", "6.99.0", &[("cilium", "unsupported", "bpf.btf missing")]).await;
+    world.wait_for_text("a", "page", "changed").await;
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_site_with_auto_gets_the_best_network_of_its_nodes_and_own_profiles_are_judged() {
+    let world = World::new().await;
+    let good = [("flannel-vxlan", "qualified", ""), ("kube-proxy-nftables", "qualified", "")];
+    report(&world, "a-1", "6.12.1", &good).await;
+    world.small_fleet();
+    world.site("a", "{nodes: [a-1, a-2], cni: auto, vars: {greeting: hello}}");
+    let own = "[[profile]]\nid = \"line-4\"\ntitle = \"Line 4\"\nneeds = [\"link.vcan\"]\n";
+    world.write("profiles/line-4.toml", own);
+    world.push();
+    network(&world, "a", "flannel is chosen", |network| {
+        network.cni.as_deref() == Some("flannel-vxlan")
+            && network.proxy.as_deref() == Some("kube-proxy-nftables")
+            && network.message.contains("`a-2` has not reported")
+    })
+    .await;
+    world.wait_for_text("a", "page", "hello").await;
+
+    let old =
+        [("flannel-vxlan", "unsupported", "link.vxlan missing"), ("cni-bridge", "qualified", "")];
+    report(&world, "a-2", "6.12.1", &old).await;
+    report(&world, "a-1", "6.12.1", &[("cni-bridge", "qualified", "")]).await;
+    network(&world, "a", "what both carry is chosen", |network| {
+        network.cni.as_deref() == Some("cni-bridge")
+    })
+    .await;
+
+    // The fleet's own profile, over the checks of the report: no node knows it.
+    world.site("a", "{nodes: [a-1], cni: line-4, vars: {greeting: hello}}");
+    world.push();
+    network(&world, "a", "the own profile is not carried", |network| {
+        network.stopped && network.message.contains("link.vcan")
+    })
+    .await;
+
+    // Mistakes in such a file, and a network that does not exist, are problems with a place.
+    world.write("profiles/line-4.toml", &own.replace("vcan", "vacn"));
+    world.push();
+    let fleet = world
+        .wait_for_fleet("the mistakes are shown", |fleet| {
+            fleet.status.as_ref().is_some_and(|status| status.problems.len() == 2)
+        })
+        .await;
+    let problems = fleet.status.unwrap().problems;
+    assert!(
+        problems.iter().any(|p| p.file == "profiles/line-4.toml" && p.message.contains("vacn"))
+    );
+    assert!(
+        problems.iter().any(|p| p.message.contains("`line-4`") && p.site.as_deref() == Some("a"))
+    );
     world.end().await;
 }

@@ -10,6 +10,7 @@
 //! [`plan_removals`] takes a [`Roster`], and neither can be had while a file that they depend on is unread.
 
 pub mod health;
+pub mod network;
 mod object;
 mod plan;
 mod render;

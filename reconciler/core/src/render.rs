@@ -14,7 +14,7 @@ use crate::vars::{Scope, substitute};
 use crate::workload;
 use crate::yaml::{self, Content, Node, Position};
 use serde_json::{Map, Value, json};
-use skerry_api::fleet::v1alpha1::{self as fleet, Problem, SiteSpec, site_namespace};
+use skerry_api::fleet::v1alpha1::{self as fleet, Problem, SiteSpec, UnknownNodes, site_namespace};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::Duration;
@@ -49,6 +49,10 @@ pub struct Rendered {
     pub problems: Vec<Problem>,
     /// Every name in the commit; `None` while a file that could hold one is unread.
     pub roster: Option<Roster>,
+    /// What a node without a report means for its site.
+    pub unknown_nodes: UnknownNodes,
+    /// The fleet's own profiles for `skerry qualify`: path to TOML. What they say is checked by whoever knows the checks.
+    pub profiles: BTreeMap<String, String>,
 }
 
 /// A site with the fleet's defaults filled in.
@@ -258,6 +262,8 @@ pub fn render(source: &Source) -> Rendered {
         releases,
         problems,
         roster,
+        unknown_nodes: fleet.spec.qualification.unknown_nodes,
+        profiles: repository.profiles.clone(),
     }
 }
 

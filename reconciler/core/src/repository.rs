@@ -3,7 +3,7 @@
 //! A file that cannot be read becomes a [`Problem`] and stops only what depends on it. What is not done yet is a
 //! problem too, never something silently left out.
 
-use crate::source::{File, Source};
+use crate::source::{File, PROFILES, Source};
 use crate::suggest::nearest;
 use crate::typed::from_node;
 use crate::yaml::{self, Content, Node, Position};
@@ -31,6 +31,8 @@ pub struct Repository {
     pub sites: Vec<SiteEntry>,
     /// Every app whose `app.yaml` could be read.
     pub apps: Vec<AppEntry>,
+    /// The fleet's own profiles, by path.
+    pub profiles: BTreeMap<String, String>,
     /// What is wrong, in the order of files.
     pub problems: Vec<Problem>,
     /// Whether every file that names a site or an app could be read. Only then is a name that is absent here gone.
@@ -72,6 +74,7 @@ impl Repository {
         let mut sites = reader.sites();
         let mut apps = reader.apps();
         reader.others();
+        let profiles = reader.profiles();
         reader.unique_sites(&mut sites);
         reader.unique_nodes(&mut sites);
         reader.unique_apps(&mut apps);
@@ -80,6 +83,7 @@ impl Repository {
             fleet,
             sites,
             apps,
+            profiles,
             problems: reader.problems,
             names_complete: reader.names_complete,
         }
@@ -269,6 +273,28 @@ impl Reader<'_> {
                 self.problems.push(problem(path, Position::default(), &message, None));
             }
         }
+    }
+
+    /// Their text; what stands in them is checked by whoever knows the checks.
+    fn profiles(&mut self) -> BTreeMap<String, String> {
+        let mut profiles = BTreeMap::new();
+        for (path, file) in self.source.under(PROFILES) {
+            let text = match file {
+                File::Read(bytes) => {
+                    std::str::from_utf8(bytes).map_err(|_| "the file is no UTF-8".to_owned())
+                }
+                File::Unread { reason } => Err(reason.clone()),
+            };
+            match text {
+                Ok(text) => {
+                    profiles.insert(path.to_owned(), text.to_owned());
+                }
+                Err(reason) => {
+                    self.problems.push(problem(path, Position::default(), &reason, None));
+                }
+            }
+        }
+        profiles
     }
 
     fn unique_sites(&mut self, sites: &mut [SiteEntry]) {

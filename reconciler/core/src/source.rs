@@ -9,7 +9,9 @@ pub const FILE_MAX: usize = 1 << 20;
 pub const SOURCE_MAX: usize = 64 << 20;
 
 /// Folders that belong to the fleet format; everything else in a repository is ignored.
-const FOLDERS: [&str; 5] = ["sites/", "apps/", "devices/", "os/", "secrets/"];
+const FOLDERS: [&str; 6] = ["sites/", "apps/", "devices/", "os/", "profiles/", "secrets/"];
+/// Folder of a fleet's own profiles for `skerry qualify`, in TOML.
+pub(crate) const PROFILES: &str = "profiles/";
 
 /// The files of one commit or one folder: `/`-separated path to content.
 #[derive(Debug, Clone, Default)]
@@ -42,7 +44,9 @@ impl Source {
     /// Whether a file with this path is part of the fleet format and has to be read.
     pub fn wants(path: &str) -> bool {
         let yaml = [".yaml", ".yml", ".json"].iter().any(|ending| path.ends_with(ending));
-        path == "fleet.yaml" || yaml && FOLDERS.iter().any(|folder| path.starts_with(folder))
+        let profile = path.starts_with(PROFILES) && path.ends_with(".toml");
+        let known = || FOLDERS.iter().any(|folder| path.starts_with(folder));
+        path == "fleet.yaml" || profile || yaml && known()
     }
 
     /// Whether a folder at the top of a repository can hold files of the fleet format.
@@ -129,7 +133,13 @@ mod tests {
 
     #[test]
     fn only_files_of_the_fleet_format_are_wanted() {
-        for path in ["fleet.yaml", "sites/a.yaml", "apps/web/manifests/x/y.yml", "os/stable.yaml"] {
+        for path in [
+            "fleet.yaml",
+            "sites/a.yaml",
+            "apps/web/manifests/x/y.yml",
+            "os/stable.yaml",
+            "profiles/line-4.toml",
+        ] {
             assert!(Source::wants(path), "{path}");
         }
         for path in [
@@ -138,6 +148,7 @@ mod tests {
             "x/fleet.yaml",
             ".github/workflows/ci.yaml",
             "sites/a.txt",
+            "sites/a.toml",
         ] {
             assert!(!Source::wants(path), "{path}");
         }

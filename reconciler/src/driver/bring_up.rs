@@ -12,23 +12,37 @@ use kube::api::{Api, DeleteParams, ListParams};
 use skerry_api::fleet::v1alpha1::{
     self as fleet, MANAGED_BY, MANAGED_BY_LABEL, Problem, SITE_LABEL, site_namespace,
 };
-use skerry_reconciler_core::{ObjectId, ReleaseKey, Rendered, Roster, plan, plan_removals, resync};
+use skerry_reconciler_core::{
+    CompleteRender, ObjectId, ReleaseKey, Rendered, Roster, plan, plan_removals, resync,
+};
 use std::collections::{BTreeSet, HashMap};
 use tokio::time::Instant;
+
+/// Reason of a release whose site is stopped at the gate.
+const GATE: &str = "NetworkNotQualified";
 
 impl Driver {
     /// Takes the cluster to the current commit: all of it, or only some releases.
     pub(super) async fn bring_up(&mut self, only: Option<BTreeSet<ReleaseKey>>, everything: bool) {
         let Some(current) = &self.current else { return };
         let (revision, rendered) = (current.revision.clone(), current.rendered.clone());
+        self.choose_networks();
         let mut rest_ok = self.prepare_sites(&rendered).await;
         let wanted = |key: &ReleaseKey| only.as_ref().is_none_or(|only| only.contains(key));
 
         let mut works = Vec::new();
         for (key, outcome) in rendered.releases.iter().filter(|(key, _)| wanted(key)) {
-            let state = self.releases.entry(key.clone()).or_default();
+            self.releases.entry(key.clone()).or_default();
             match outcome {
+                Ok(render) if self.is_stopped(key, render) => {
+                    let failure = self.gate_failure(&key.site);
+                    self.note_failure(key, &revision, failure).await;
+                    if let Some(state) = self.releases.get_mut(key) {
+                        state.retry_at = None; // a new report opens the gate, no time does
+                    }
+                }
                 Ok(render) => {
+                    let state = self.releases.entry(key.clone()).or_default();
                     let claimed = rendered.claimed(key);
                     let steps = match everything {
                         true => resync(render, &state.inventory, &claimed),
@@ -110,6 +124,50 @@ impl Driver {
         }
         self.judge().await;
         self.report_fleet().await;
+    }
+
+    /// Whether the site's gate keeps this from being applied. What is applied already is kept as it is: a gate is passed
+    /// once, and what runs must not rot behind it.
+    fn is_stopped(&self, key: &ReleaseKey, render: &CompleteRender) -> bool {
+        let network = self.sites.get(&key.site).and_then(|site| site.network.as_ref());
+        let applied = self.releases.get(key).and_then(|state| state.status.digest.as_deref());
+        network.is_some_and(|network| network.stop.is_some())
+            && applied != Some(render.digest().as_str())
+    }
+
+    fn gate_failure(&self, site: &str) -> Option<Failure> {
+        let stop = self.sites.get(site)?.network.as_ref()?.stop.as_ref()?;
+        let message = format!("stopped at the gate: {}; hint: {}", stop.message, stop.hint);
+        Some(Failure { reason: GATE, message, transient: false })
+    }
+
+    /// What every site's network is now. Releases behind a gate that has opened are applied.
+    pub(super) fn choose_networks(&mut self) {
+        let Some(current) = &self.current else { return };
+        let (rendered, profiles) = (current.rendered.clone(), current.profiles.clone());
+        for (name, site) in &rendered.sites {
+            let network = profiles.choose(site, &self.live, &rendered);
+            let open = network.as_ref().is_none_or(|network| network.stop.is_none());
+            let state = self.sites.entry(name.clone()).or_default();
+            let was_open = state.network.as_ref().is_none_or(|network| network.stop.is_none());
+            if state.network == network {
+                continue;
+            }
+            if let Some(network) = &network {
+                let (cni, message) = (network.cni.as_deref().unwrap_or("none"), &network.message);
+                tracing::info!(site = %name, cni, stopped = !open, message, "network");
+            }
+            state.network = network;
+            if open == was_open && open {
+                continue;
+            }
+            for (_, release) in self.releases.iter_mut().filter(|(key, release)| {
+                key.site == *name && release.failure.as_ref().is_some_and(|f| f.reason == GATE)
+            }) {
+                // Open: it goes through. Still closed: it says the present reason.
+                release.retry_at = Some(Instant::now());
+            }
+        }
     }
 
     /// Releases that the commit says nothing about, because a file that could name them is broken: they stay as they

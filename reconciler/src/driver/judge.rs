@@ -9,7 +9,8 @@ use futures::{FutureExt, StreamExt};
 use kube::ResourceExt;
 use serde_json::{Value, json};
 use skerry_api::fleet::v1alpha1::{
-    self as fleet, FleetStatus, PROBLEMS_MAX, Problem, ReleaseStatus, SITE_LABEL, SiteStatus,
+    self as fleet, FleetStatus, PROBLEMS_MAX, Problem, ReleaseStatus, SITE_LABEL, SiteNetwork,
+    SiteStatus,
 };
 use skerry_reconciler_core::health::{self, NodeState, ReleaseWord, SiteWord};
 use skerry_reconciler_core::{ObjectId, ReleaseKey, RenderedSite};
@@ -186,6 +187,7 @@ impl Driver {
         let Some(rendered) = self.current.as_ref().map(|current| current.rendered.clone()) else {
             return;
         };
+        self.choose_networks();
         for (name, site) in &rendered.sites {
             let (word, message) = self.site_word(name);
             let ready = site
@@ -205,6 +207,16 @@ impl Driver {
                 since: same_word
                     .and_then(|before| before.since.clone())
                     .or_else(|| Some(report::now())),
+                network: state.network.as_ref().map(|network| SiteNetwork {
+                    cni: network.cni.clone(),
+                    proxy: network.proxy.clone(),
+                    stopped: network.stop.is_some(),
+                    message: network
+                        .stop
+                        .as_ref()
+                        .map_or_else(|| network.message.clone(), |stop| stop.message.clone()),
+                    hint: network.stop.as_ref().map(|stop| stop.hint.clone()),
+                }),
             };
             if before == Some(&status) && !state.rewrite {
                 continue;

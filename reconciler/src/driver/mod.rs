@@ -13,10 +13,12 @@ mod start;
 use crate::cluster::Cluster;
 use crate::git::{Commit, GitError, Remote, chain};
 use crate::live::{Change, Live, Version};
+use crate::qualification::{self, Profiles};
 use crate::release::Failure;
 use crate::report::{self, Mood};
 use serde_json::Value;
-use skerry_api::fleet::v1alpha1::{FleetStatus, ReleaseStatus, SiteStatus};
+use skerry_api::fleet::v1alpha1::{FleetStatus, GROUP, ReleaseStatus, SiteStatus};
+use skerry_reconciler_core::network::Choice;
 use skerry_reconciler_core::{Inventory, ObjectId, ReleaseKey, Rendered, RenderedSite};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -39,6 +41,8 @@ const RETRY_LAST: Duration = Duration::from_secs(300);
 const RETRY_LAST_TRANSIENT: Duration = Duration::from_secs(15);
 /// Budgets run out without any event, so sites are judged at least this often.
 const JUDGE_SITES: Duration = Duration::from_secs(15);
+/// How long the first commit waits for the nodes and their reports.
+const SYNC_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(crate) struct Driver {
     cluster: Cluster,
@@ -64,6 +68,7 @@ pub(crate) struct Driver {
 struct Current {
     revision: String,
     rendered: Arc<Rendered>,
+    profiles: Arc<Profiles>,
 }
 
 #[derive(Default)]
@@ -87,6 +92,8 @@ struct SiteState {
     /// What the Site object was made from; its namespace is there then, too.
     prepared: Option<RenderedSite>,
     status: Option<SiteStatus>,
+    /// The network that it gets; nothing when it asks for none.
+    network: Option<Choice>,
     /// `status` has to be written again, even if it is the same: somebody may have deleted or changed the object.
     rewrite: bool,
 }
@@ -157,12 +164,14 @@ impl Driver {
 
     async fn take_commit(&mut self, commit: Commit) {
         let Commit { revision, source, rewritten } = commit;
-        let rendered = match tokio::task::spawn_blocking(move || {
-            skerry_reconciler_core::render(&source)
+        let (rendered, profiles) = match tokio::task::spawn_blocking(move || {
+            let mut rendered = skerry_reconciler_core::render(&source);
+            let profiles = Profiles::new(&mut rendered);
+            (rendered, profiles)
         })
         .await
         {
-            Ok(rendered) => Arc::new(rendered),
+            Ok((rendered, profiles)) => (Arc::new(rendered), Arc::new(profiles)),
             Err(error) => {
                 tracing::error!(%revision, %error, "rendering broke off; please report this commit");
                 return;
@@ -187,7 +196,13 @@ impl Driver {
         }
         // What happened while no reconciler ran is undone at once, and from then on changes by others can be told.
         let first = self.current.is_none();
-        self.current = Some(Current { revision, rendered });
+        if first {
+            // What is not known of nodes yet must not open a gate.
+            for (group, kind) in [("", "Node"), (GROUP, qualification::KIND)] {
+                self.live.synced(group, kind, SYNC_TIMEOUT).await;
+            }
+        }
+        self.current = Some(Current { revision, rendered, profiles });
         self.retry_rest = None;
         self.bring_up(None, first).await;
     }

@@ -7,6 +7,7 @@ use crate::Config;
 use crate::cluster::{Cluster, ClusterError, within};
 use crate::git::without_credentials;
 use crate::live::{CHANGES_MAX, Live};
+use crate::qualification;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, ListParams};
 use kube::{Client, ResourceExt};
@@ -77,7 +78,8 @@ impl Driver {
     }
 
     async fn watch_basics(&mut self) {
-        let own = ["Fleet", "Site", "Release"].map(|kind| (fleet::API_VERSION, kind));
+        let own = ["Fleet", "Site", "Release", qualification::KIND]
+            .map(|kind| (fleet::API_VERSION, kind));
         let basics = [("v1", "Node"), ("v1", "Pod")]
             .into_iter()
             .chain(own)
@@ -107,7 +109,7 @@ impl Driver {
     }
 }
 
-/// Installs the definitions of Fleet, Site and Release, and waits until they are served.
+/// Installs the definitions of Fleet, Site, Release and NodeQualification, and waits until they are served.
 pub(super) async fn install(cluster: &Cluster) -> Result<(), ClusterError> {
     let api: Api<CustomResourceDefinition> = Api::all(cluster.client.clone());
     for crd in fleet::crds() {
@@ -124,7 +126,7 @@ pub(super) async fn install(cluster: &Cluster) -> Result<(), ClusterError> {
             Err(error) => return Err(error),
         }
     }
-    for kind in ["Fleet", "Site", "Release"] {
+    for kind in ["Fleet", "Site", "Release", qualification::KIND] {
         cluster.resolve(fleet::API_VERSION, kind).await?;
     }
     Ok(())
