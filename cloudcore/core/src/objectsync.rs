@@ -342,7 +342,7 @@ impl Record {
             (Some(Sent::Delete), Stored::Version(_)) => true,
             (Some(Sent::Version(sent)), Stored::Version(stored)) => {
                 let numbers = number(sent).zip(number(stored));
-                sent != stored && !numbers.is_some_and(|(sent, stored)| sent >= stored)
+                sent != stored && numbers.is_none_or(|(sent, stored)| sent < stored)
             }
         }
     }
