@@ -5,7 +5,7 @@
 //! `reason` where there is no value. `cargo xtask bench image` adds the figures of the files. CPU seconds are those of
 //! the QEMU process at the moment of the console's `ready`.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 use skerry_qemu_tests::console::Want;
 use skerry_qemu_tests::disk::{Disk, Format};
@@ -33,8 +33,51 @@ pub(crate) struct Reference {
     pub(crate) text: String,
 }
 
-/// Measures and prints everything. A figure that cannot be had is printed without a value and with the reason.
-pub(crate) fn run(lab: &Lab, reference: Option<&Reference>) -> Result<()> {
+/// All figures, in the order of measuring.
+const NAMES: [&str; 8] = [
+    "executables",
+    "setuid_files",
+    "first_ready_cpu_s",
+    "ready_cpu_s",
+    "ready_uefi_cpu_s",
+    "ready_ratio",
+    "idle_used_bytes",
+    "listening_sockets",
+];
+
+/// Measures and prints what is wanted, everything by default. A figure that cannot be had is printed without a value and
+/// with the reason.
+pub(crate) fn run(lab: &Lab, reference: Option<&Reference>, only: &[String]) -> Result<()> {
+    if let Some(unknown) = only.iter().find(|name| !NAMES.contains(&name.as_str())) {
+        bail!("there is no figure `{unknown}`\nhint: there are {}", NAMES.join(", "));
+    }
+    let wanted = |name: &str| only.is_empty() || only.iter().any(|one| one == name);
+    if wanted("executables") || wanted("setuid_files") {
+        files(lab)?;
+    }
+    if wanted("first_ready_cpu_s") {
+        print("first_ready_cpu_s", "s", first_boot(lab)?);
+    }
+    if wanted("ready_cpu_s") {
+        let kernel = || Ok(lab.kernel_machine(NODE).disk(lab.joined_disk()?));
+        print("ready_cpu_s", "s", median_boot(kernel, Want::Word("ready"))?);
+    }
+    if wanted("ready_uefi_cpu_s") || wanted("ready_ratio") {
+        by_firmware(lab, reference)?;
+    }
+    if wanted("idle_used_bytes") {
+        print("idle_used_bytes", "bytes", idle(lab)?);
+    }
+    if wanted("listening_sockets") {
+        match listening(lab) {
+            Ok(sockets) => print("listening_sockets", "1", sockets.len() as f64),
+            Err(why) => absent("listening_sockets", "1", &format!("{why:#}")),
+        }
+    }
+    Ok(())
+}
+
+fn files(lab: &Lab) -> Result<()> {
     let root = lab.image.base().partition("root-a")?;
     let entries = erofs::entries(&lab.image.disk, root.start)?;
     let programs: Vec<_> = entries.iter().filter(|entry| entry.is_program()).collect();
@@ -44,30 +87,21 @@ pub(crate) fn run(lab: &Lab, reference: Option<&Reference>) -> Result<()> {
     print("executables", "1", programs.len() as f64);
     let setuid = entries.iter().filter(|entry| entry.is_setuid()).count();
     print("setuid_files", "1", setuid as f64);
-    print("first_ready_cpu_s", "s", first_boot(lab)?);
-    let kernel = || Ok(lab.kernel_machine(NODE).disk(lab.joined_disk()?));
-    print("ready_cpu_s", "s", median_boot(kernel, Want::Word("ready"))?);
-    let firmware = || Ok(lab.firmware_machine(NODE)?.disk(lab.joined_disk()?));
-    match lab.firmware() {
-        Err(why) => {
-            absent("ready_uefi_cpu_s", "s", &why.to_string());
-            absent("ready_ratio", "1", "there is no firmware to boot either system");
-        }
-        Ok(_) => {
-            let ours = median_boot(firmware, Want::Word("ready"))?;
-            print("ready_uefi_cpu_s", "s", ours);
-            match reference {
-                Some(reference) => ratio("ready_ratio", ours, reference_boot(lab, reference)?),
-                None => {
-                    absent("ready_ratio", "1", "no reference system was supplied (--reference)")
-                }
-            }
-        }
+    Ok(())
+}
+
+fn by_firmware(lab: &Lab, reference: Option<&Reference>) -> Result<()> {
+    if let Err(why) = lab.firmware() {
+        absent("ready_uefi_cpu_s", "s", &why.to_string());
+        absent("ready_ratio", "1", "there is no firmware to boot either system");
+        return Ok(());
     }
-    print("idle_used_bytes", "bytes", idle(lab)?);
-    match listening(lab) {
-        Ok(sockets) => print("listening_sockets", "1", sockets.len() as f64),
-        Err(why) => absent("listening_sockets", "1", &format!("{why:#}")),
+    let firmware = || Ok(lab.firmware_machine(NODE)?.disk(lab.joined_disk()?));
+    let ours = median_boot(firmware, Want::Word("ready"))?;
+    print("ready_uefi_cpu_s", "s", ours);
+    match reference {
+        Some(reference) => ratio("ready_ratio", ours, reference_boot(lab, reference)?),
+        None => absent("ready_ratio", "1", "no reference system was supplied (--reference)"),
     }
     Ok(())
 }

@@ -69,6 +69,9 @@ struct Args {
     /// Measure instead, and print one JSON line per figure
     #[arg(long, conflicts_with_all = ["only", "ci", "report"])]
     figures: bool,
+    /// With --figures: only this figure; may be repeated
+    #[arg(long, requires = "figures")]
+    figure: Vec<String>,
     /// With --figures: a disk of another system to be held against, and what its console writes when its node is Ready
     #[arg(long, num_args = 2, value_names = ["DISK", "TEXT"], requires = "figures")]
     reference: Option<Vec<String>>,
@@ -127,7 +130,7 @@ fn run(args: Args) -> Result<ExitCode> {
             disk: words[0].clone().into(),
             text: words[1].clone(),
         });
-        figures::run(&lab, reference.as_ref())?;
+        figures::run(&lab, reference.as_ref(), &args.figure)?;
         return Ok(ExitCode::SUCCESS);
     }
     let mut outcomes = Vec::new();

@@ -21,6 +21,9 @@ use std::time::{Duration, Instant};
 const MONITOR_LIMIT: Duration = Duration::from_secs(60);
 /// Longest wait for a process that was told to quit.
 const QUIT_LIMIT: Duration = Duration::from_secs(20);
+/// Presses of the power button, and the wait after each: a machine that still boots does not hear the first.
+const PRESSES_MAX: u32 = 4;
+const PRESS_PAUSE: Bound = Bound::wall_s(15);
 /// Name of the device through which the guest tells its memory.
 const BALLOON: &str = "balloon0";
 /// Interval at which it does, in seconds.
@@ -422,9 +425,18 @@ impl Machine {
         }
     }
 
-    /// Presses the power button and waits until the machine is off.
+    /// Presses the power button, as a person does who sees nothing happen again and again, and waits until the machine
+    /// is off.
     pub fn power_off(&mut self, bound: Bound) -> Result<()> {
-        self.monitor("system_powerdown", serde_json::Value::Null)?;
+        let mut pressed = 0;
+        while pressed < PRESSES_MAX && self.console.find(0, Want::Word("shutdown")).is_none() {
+            self.monitor("system_powerdown", serde_json::Value::Null)?;
+            pressed += 1;
+            match self.console.wait(0, Want::Word("shutdown"), PRESS_PAUSE) {
+                Ok(_) | Err(WaitError::Off { .. }) => break,
+                Err(_) => {}
+            }
+        }
         self.console.wait_off(bound)?;
         self.wait().map(drop)
     }

@@ -194,11 +194,10 @@ pub const LATE_SYSCTLS: [(&str, &str); 4] = [
     ("net/ipv4/tcp_congestion_control", "bbr"),
 ];
 
-/// Modules that no device asks for: what the first pod needs with the plugins of this program, and the power button.
+/// Modules that no device asks for: what the first pod needs with the plugins of this program.
 /// Each that is loaded here saves a start of `modprobe` then; each that is not saves its time at every boot, so that
 /// what only other plugins ask for (`xt_*`, `nft_compat`) is left to the kernel's own asking.
-pub const MODULES: [&str; 15] = [
-    "overlay",
+pub const MODULES: [&str; 12] = [
     "veth",
     "bridge",
     "br_netfilter",
@@ -211,8 +210,6 @@ pub const MODULES: [&str; 15] = [
     "nf_conntrack_netlink",
     "sch_fq",
     "tcp_bbr",
-    "evdev",
-    "button",
 ];
 
 /// Sets a table of sysctls and returns those that could not be set.

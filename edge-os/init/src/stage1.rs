@@ -277,7 +277,10 @@ fn start_coldplug(
             let (urgent, rest): (Vec<_>, Vec<_>) =
                 aliases.iter().cloned().partition(|alias| is_urgent(alias));
             modules.load_for(&urgent);
-            let _ = modules.load("overlay");
+            // The power button has to be heard from early on.
+            for name in ["overlay", "evdev", "button"] {
+                let _ = modules.load(name); // as below
+            }
             kernel.step_back();
             for name in mounts::MODULES {
                 let _ = modules.load(name); // an image without it has no use for it
