@@ -623,7 +623,8 @@ async fn a_node_keeps_the_qualification_of_its_own_kernel_only() {
     assert_eq!(wrong["ErrStatus"]["code"], 400, "{wrong}");
     let long = json!({"kernel": "6.1", "report": {"x": "y".repeat(600 * 1024)}});
     let (_, long) = link.ask(Operation::Update, "null/nodequalification/edge1", &long).await;
-    assert_eq!(long["ErrStatus"]["code"], 413, "{long}");
+    // The link has a bound of its own, which is as long as the one for this kind.
+    assert!(long.to_string().contains("over the bound"), "{long}");
     assert!(cluster.read(&format!("{path}/edge2")).await.is_none());
     let kept = cluster.read(&format!("{path}/edge1")).await.expect("kept");
     assert_eq!(kept["status"]["kernel"], "6.12.0", "what was refused changed nothing");

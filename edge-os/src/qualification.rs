@@ -353,7 +353,7 @@ mod tests {
         let program = path.join("judge");
         std::fs::write(path.join("good"), stored(&kernel_build(), "REQUESTED")).expect("written");
         let head = format!(
-            "#!/bin/sh\ncd {}\necho \"$*\" >> calls\ngood() {{ sed \"s/REQUESTED/$6/\" good > next && mv next {FILE}; }}\n",
+            "#!/bin/sh\ncd {}\necho \"$*\" >> calls\nanswer=$6\ngood() {{ sed \"s/REQUESTED/$answer/\" good > next && mv next {FILE}; }}\n",
             path.display()
         );
         std::fs::write(&program, head + script).expect("written");

@@ -356,7 +356,7 @@ pub struct Judgement {
     /// Other reasons: machine, release.
     pub notes: Vec<String>,
     /// What to take instead, when it is not qualified.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub fallback: Vec<String>,
 }
 
