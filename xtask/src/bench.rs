@@ -25,7 +25,8 @@ pub(crate) fn run(name: &str, profile: &str, more: &[String]) -> Result<()> {
         "up" => bail!("bench `up` takes no further arguments"),
         "link" => link(profile, more),
         "image" => crate::bench_image::run(profile, more),
-        other => bail!("no bench `{other}`\nhint: there are `up`, `link` and `image`"),
+        "qualify" => qualify(profile, more),
+        other => bail!("no bench `{other}`\nhint: there are `up`, `link`, `image` and `qualify`"),
     }
 }
 
@@ -38,6 +39,36 @@ fn link(profile: &str, more: &[String]) -> Result<()> {
     command.args(["link", "--programs"]).arg(folder).args(more);
     let status = command.status().context("could not start `skerry-bench`")?;
     ensure!(status.success(), "`skerry-bench link` failed ({status})");
+    Ok(())
+}
+
+/// The verdicts of `skerry-qualify` on this machine, and against the truth in machines of QEMU. `more` goes to
+/// `skerry-truth`: `--kernel NAME`, `--case NAME`.
+fn qualify(profile: &str, more: &[String]) -> Result<()> {
+    let programs = build::truth(profile)?;
+    let work = build::target()?.join("truth");
+    std::fs::create_dir_all(&work)?;
+    let seconds = median(
+        (0..RUNS)
+            .map(|_| {
+                let begun = Instant::now();
+                let mut command = Command::new(&programs.qualify);
+                command.args(["--autoload", "all", "--output", "json", "--state"]).arg(&work);
+                sh::output(&mut command)?;
+                Ok(begun.elapsed().as_secs_f64())
+            })
+            .collect::<Result<_>>()?,
+    );
+    let seconds = (seconds * 1000.0).round() / 1000.0;
+    println!(
+        "{}",
+        json!({"bench": "qualify", "figure": "seconds", "unit": "s", "value": seconds, "peer": null, "ratio": null})
+    );
+    let mut command = Command::new(&programs.truth);
+    command.arg("--work").arg(work).arg("--init").arg(&programs.init);
+    command.arg("--qualify").arg(&programs.qualify).args(more);
+    let status = command.status().context("could not start `skerry-truth`")?;
+    ensure!(status.success(), "verdicts were wrong, or cases could not be tried ({status})");
     Ok(())
 }
 

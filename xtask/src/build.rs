@@ -64,6 +64,40 @@ pub(crate) fn appliance(profile: &str) -> Result<PathBuf> {
     Ok(folder)
 }
 
+/// What holds verdicts against the truth; all static, stripped.
+pub(crate) struct Truth {
+    /// `skerry-qualify`.
+    pub(crate) qualify: PathBuf,
+    /// The driver.
+    pub(crate) truth: PathBuf,
+    /// PID 1 of its machines.
+    pub(crate) init: PathBuf,
+}
+
+/// Builds `skerry-qualify` and the programs that check it.
+pub(crate) fn truth(profile: &str) -> Result<Truth> {
+    sh::say(format!("building skerry-qualify and its machines (profile {profile})"));
+    let out = target()?.join("appliance");
+    let mut cargo = sh::cargo();
+    cargo.current_dir(sh::root()).args(["build", "--locked", "--profile", profile]);
+    cargo.args(["--package", "skerry-qualify", "--package", "skerry-truth", "--bins"]);
+    cargo.args(["--target", APPLIANCE_TARGET]).arg("--target-dir").arg(&out);
+    sh::run(cargo.env("RUSTFLAGS", "-C target-feature=+crt-static"))?;
+    let inner = if profile == "dev" { "debug" } else { profile };
+    let folder = out.join(APPLIANCE_TARGET).join(inner);
+    let to = out.join(format!("truth-{profile}"));
+    std::fs::create_dir_all(&to)?;
+    let copy = |name: &str| -> Result<PathBuf> {
+        strip(&folder.join(name), &to.join(name))?;
+        Ok(to.join(name))
+    };
+    Ok(Truth {
+        qualify: copy("skerry-qualify")?,
+        truth: copy("skerry-truth")?,
+        init: copy("skerry-truth-init")?,
+    })
+}
+
 /// Profile of images that are built fast: unoptimised programs, light compression.
 pub(crate) const QUICK: &str = "quick";
 
