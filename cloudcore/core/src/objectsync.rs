@@ -437,12 +437,15 @@ impl Syncs {
     }
 
     /// An object is about to leave `node`, to which it may return under the same uid. Returns whether it can: its record
-    /// does not say that the node holds some version. If not, a [`Word::Written`] about it will come.
+    /// does not say that the node holds some version, and one that is owed is there. If not, a [`Word::Written`] about it
+    /// will come.
     pub fn prepare_delete(&mut self, node: &Arc<str>, id: &SyncId) -> bool {
         let is_available = self.is_available();
         let Some(record) = self.record(node, id).filter(|_| is_available) else { return true };
         let is_silent = record.stored.acked().is_none();
-        if record.writing.is_none() && is_silent {
+        // Without it nobody would know of the object if the delete were lost.
+        let is_owed = record.stored == Stored::Absent && matches!(record.wish, Wish::Hold(_));
+        if record.writing.is_none() && is_silent && !is_owed {
             if matches!(record.wish, Wish::Hold(_)) {
                 record.wish = Wish::None;
             }
@@ -479,7 +482,9 @@ impl Syncs {
 
     /// A message about this object was lost with its connection; what `node` holds of it is not known here.
     pub fn doubt(&mut self, node: &str, id: &SyncId, sent: Sent) {
-        if let Some(record) = self.record(node, id) {
+        let Some(record) = self.record(node, id) else { return };
+        // A delete that was lost leaves what an earlier message may have brought.
+        if sent != Sent::Delete || record.unsure.is_none() {
             record.unsure = Some(sent);
         }
     }
@@ -1001,6 +1006,23 @@ mod tests {
             syncs.mend(&node(), &id("u"));
             assert_eq!(action(&mut syncs), expected);
         }
+    }
+
+    #[test]
+    fn object_leaves_only_when_a_record_tells_that_it_may_be_there() {
+        let (mut syncs, now) = (available(), Instant::now());
+        seen(&mut syncs, "u", Some("3"), 1);
+        syncs.doubt("edge.lisbon", &id("u"), Sent::Version("7".into()));
+        syncs.doubt("edge.lisbon", &id("u"), Sent::Delete);
+        assert!(gone(&mut syncs, "u", 2));
+        syncs.mend(&node(), &id("u"));
+        assert!(!syncs.prepare_delete(&node(), &id("u")));
+        assert_eq!(action(&mut syncs), Some((Action::Create("0".into()), 0)));
+        assert!(!syncs.prepare_delete(&node(), &id("u")));
+        written(&mut syncs, "u", Outcome::Done(3), now);
+        assert!(syncs.prepare_delete(&node(), &id("u")));
+        syncs.removed(&node(), &id("u"));
+        assert_eq!(action(&mut syncs), Some((Action::Delete, 3)));
     }
 
     #[test]
