@@ -296,6 +296,9 @@ struct Appliance {
     facts: watch::Receiver<Option<appliance::Facts>>,
 }
 
+/// The program whose verb `qualify` judges the kernel.
+const PROGRAM: &str = "edgecore";
+
 /// What the kernel was seen to carry, and who is told.
 struct Kernel {
     registered: watch::Sender<bool>,
@@ -318,11 +321,13 @@ impl Kernel {
         }
     }
 
-    /// For the task that judges; nothing when this program cannot start itself again.
+    /// For the task that judges; nothing when this program cannot start itself again, or is another one that has the
+    /// agent in it and does not know the verb.
     fn parts(&self) -> Option<qualification::Parts> {
         let program = std::env::current_exe()
             .inspect_err(|error| tracing::warn!(%error, "the kernel is not judged: no own program"))
-            .ok()?;
+            .ok()
+            .filter(|program| program.file_name().is_some_and(|name| name == PROGRAM))?;
         Some(qualification::Parts {
             program,
             registered: self.registered.subscribe(),

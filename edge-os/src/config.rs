@@ -537,7 +537,7 @@ mod tests {
     fn every_known_key_is_taken() {
         let mut text = LEAST.to_owned();
         text += "quic: quic://hub.example\nbeat: 60\ntunnel: wss://[::1]:10004\ntokenFile: /t\npodDir: /p\npodLogDir: /l\nruntimeSocket: unix:///r.sock\n\
-            nodeIP: 10.0.0.2\nlabels: {site: lisbon}\nclusterDNS: [10.0.0.53]\nclusterDomain: x\ncgroupRoot: \"\"\nresolvConf: /r\nmetaServer: 127.0.0.1:10550\n";
+            nodeIP: 10.0.0.2\nlabels: {site: lisbon}\nclusterDNS: [10.0.0.53]\nclusterDomain: x\ncgroupRoot: \"\"\nresolvConf: /r\nmetaServer: 127.0.0.1:10550\nproxy: http://proxy.example\n";
         let config = check(&text).expect("all known");
         let quic = Endpoint { host: "hub.example".into(), port: 10001, via: None };
         assert_eq!((config.quic_of(0), config.beat), (Some(quic), Duration::from_secs(60)));

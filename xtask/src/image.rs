@@ -1,7 +1,7 @@
 //! `cargo xtask image`: an appliance image from this tree; the pilot, the benches and `up --vm` use the same recipe.
 
 use crate::{build, images, setup, sh};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -80,9 +80,30 @@ pub(crate) fn build(recipe: &Recipe<'_>) -> Result<Built> {
         skerry.arg("--sign-key").arg(keys.join("db.key"));
         skerry.arg("--sign-cert").arg(keys.join("db.crt"));
     }
-    sh::run(skerry.args(recipe.more))?;
+    if let Err(error) = sh::run(skerry.args(recipe.more)) {
+        let newer = match recipe.profile == build::QUICK {
+            true => newer_lock(&programs.skerry, &target)?,
+            false => None,
+        };
+        let Some(newer) = newer else { return Err(error) };
+        sh::say(
+            "the mirror has moved on since image/packages.lock: once more with what it has now",
+        );
+        sh::run(skerry.arg("--lock").arg(newer))?;
+    }
     let pilot = programs.skerry.with_file_name("skerry-pilot");
     Ok(Built { folder, skerry: programs.skerry, pilot })
+}
+
+/// A lock file of what the mirror has now, if that is not what the tree's says: a mirror drops the predecessors of security
+/// updates, and what only has to be booted once may be newer than what is released.
+fn newer_lock(skerry: &Path, target: &Path) -> Result<Option<PathBuf>> {
+    let (old, new) =
+        (sh::root().join("image/packages.lock"), target.join("image").join("packages.lock"));
+    std::fs::create_dir_all(new.parent().context("a file lies in a folder")?)?;
+    std::fs::copy(&old, &new)?;
+    sh::run(Command::new(skerry).args(["image", "lock", "--file"]).arg(&new))?;
+    Ok((std::fs::read(&old)? != std::fs::read(&new)?).then_some(new))
 }
 
 /// A folder with UEFI firmware: that of the image's own Debian release, which is faster than an older one.

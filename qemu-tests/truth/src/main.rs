@@ -414,9 +414,7 @@ fn keep_networks(modules: &Path) -> Result<()> {
             fs::remove_dir_all(entry.path())?;
         }
     }
-    for name in ["sound"] {
-        let _ = fs::remove_dir_all(kernel.join(name));
-    }
+    let _ = fs::remove_dir_all(kernel.join("sound"));
     // The kernel takes plain files only.
     command("find", |find| {
         find.arg(&kernel).args(["-name", "*.xz", "-exec", "xz", "-d", "{}", "+"]);
