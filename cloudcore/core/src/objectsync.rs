@@ -11,8 +11,8 @@
 //!
 //! 1. What a node may hold has a record: an object goes out when its record is there ([`Syncs::prepare`]).
 //! 2. A record never says more than the node has: a version is written after its acknowledgement, and before an object
-//!    leaves a node to which it may return under the same uid, its record goes back to `"0"`
-//!    ([`Syncs::prepare_delete`]).
+//!    leaves a node to which it may return under the same uid, its record goes back to `"0"`, also where another
+//!    CloudCore has removed it ([`Syncs::prepare_delete`]).
 //! 3. A record is written only as it was seen last: each write names the resource version of the record, and the API
 //!    refuses one that comes too late. A CloudCore that the node has left cannot overwrite what its successor wrote.
 //! 4. Words about a record are ordered by its resource version, so the echo of an own write is told from the word of
@@ -437,15 +437,21 @@ impl Syncs {
     }
 
     /// An object is about to leave `node`, to which it may return under the same uid. Returns whether it can: its record
-    /// does not say that the node holds some version, and one that is owed is there. If not, a [`Word::Written`] about it
-    /// will come.
-    pub fn prepare_delete(&mut self, node: &Arc<str>, id: &SyncId) -> bool {
-        let is_available = self.is_available();
-        let Some(record) = self.record(node, id).filter(|_| is_available) else { return true };
-        let is_silent = record.stored.acked().is_none();
-        // Without it nobody would know of the object if the delete were lost.
-        let is_owed = record.stored == Stored::Absent && matches!(record.wish, Wish::Hold(_));
-        if record.writing.is_none() && is_silent && !is_owed {
+    /// is there and does not say that the node holds some version. If not, a [`Word::Written`] about it will come.
+    pub fn prepare_delete(
+        &mut self,
+        node: &Arc<str>,
+        id: &SyncId,
+        spec: impl FnOnce() -> SyncSpec,
+    ) -> bool {
+        if !self.is_available() {
+            return true;
+        }
+        let records = self.nodes.entry(Arc::clone(node)).or_default();
+        let record = records.entry(id.clone()).or_insert_with(|| Record::absent(spec()));
+        // Without a record nobody would know of the object if the delete were lost with this process.
+        let is_there = record.stored != Stored::Absent;
+        if record.writing.is_none() && is_there && record.stored.acked().is_none() {
             if matches!(record.wish, Wish::Hold(_)) {
                 record.wish = Wish::None;
             }
@@ -1016,13 +1022,22 @@ mod tests {
         syncs.doubt("edge.lisbon", &id("u"), Sent::Delete);
         assert!(gone(&mut syncs, "u", 2));
         syncs.mend(&node(), &id("u"));
-        assert!(!syncs.prepare_delete(&node(), &id("u")));
+        assert!(!syncs.prepare_delete(&node(), &id("u"), spec));
         assert_eq!(action(&mut syncs), Some((Action::Create("0".into()), 0)));
-        assert!(!syncs.prepare_delete(&node(), &id("u")));
+        assert!(!syncs.prepare_delete(&node(), &id("u"), spec));
         written(&mut syncs, "u", Outcome::Done(3), now);
-        assert!(syncs.prepare_delete(&node(), &id("u")));
+        assert!(syncs.prepare_delete(&node(), &id("u"), spec));
         syncs.removed(&node(), &id("u"));
         assert_eq!(action(&mut syncs), Some((Action::Delete, 3)));
+    }
+
+    #[test]
+    fn object_without_a_record_gets_one_before_it_leaves() {
+        let (mut syncs, now) = (available(), Instant::now());
+        assert!(!syncs.prepare_delete(&node(), &id("u"), spec));
+        assert_eq!(action(&mut syncs), Some((Action::Create("0".into()), 0)));
+        written(&mut syncs, "u", Outcome::Done(3), now);
+        assert!(syncs.prepare_delete(&node(), &id("u"), spec));
     }
 
     #[test]
@@ -1054,14 +1069,13 @@ mod tests {
     #[test]
     fn object_leaves_when_its_record_says_no_version() {
         let (mut syncs, now) = (available(), Instant::now());
-        assert!(syncs.prepare_delete(&node(), &id("u")), "there is no record");
         seen(&mut syncs, "u", Some("7"), 1);
-        assert!(!syncs.prepare_delete(&node(), &id("u")));
+        assert!(!syncs.prepare_delete(&node(), &id("u"), spec));
         let write = syncs.poll_write(now).expect("a write");
         assert_eq!(write.action, Action::Status("0".into()));
-        assert!(!syncs.prepare_delete(&node(), &id("u")));
+        assert!(!syncs.prepare_delete(&node(), &id("u"), spec));
         written(&mut syncs, "u", Outcome::Done(2), now);
-        assert!(syncs.prepare_delete(&node(), &id("u")));
+        assert!(syncs.prepare_delete(&node(), &id("u"), spec));
         // And when it is wanted again before the record has gone, the record stays as it is.
         syncs.removed(&node(), &id("u"));
         assert!(syncs.prepare(&node(), &id("u"), spec));

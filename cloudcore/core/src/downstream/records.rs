@@ -40,7 +40,8 @@ impl Downstream {
         }
         let is_ready = match leaves {
             // A pod never returns under its uid, so its record may be late.
-            true => key.kind() == Kind::Pod || self.syncs.prepare_delete(name, &id),
+            true if key.kind() == Kind::Pod => true,
+            true => self.syncs.prepare_delete(name, &id, || sync_spec(key)),
             false => self.syncs.prepare(name, &id, || sync_spec(key)),
         };
         let session = self.nodes.get_mut(name).and_then(|node| node.session.as_deref_mut());
