@@ -16,8 +16,8 @@ use bytes::{Bytes, BytesMut};
 use quinn::congestion::BbrConfig;
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{
-    AckFrequencyConfig, ClientConfig, Connection, ConnectionError, IdleTimeout, MtuDiscoveryConfig,
-    RecvStream, SendStream, TransportConfig, VarInt,
+    ClientConfig, Connection, ConnectionError, IdleTimeout, MtuDiscoveryConfig, RecvStream,
+    SendStream, TransportConfig, VarInt,
 };
 use skerry_protocol::capability::{BEAT_GRACE, Capabilities};
 use skerry_protocol::frame::{self, ALPN, Decoder, HELLO_LEN_MAX, Hello, HelloReply, Kind};
@@ -114,18 +114,12 @@ pub(super) fn client_config(
         QuicClientConfig::try_from(tls).map_err(|error| OpenError::Config(error.to_string()))?;
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.interval(MTU_INTERVAL);
-    // A beat is one packet, and QUIC repeats it when the acknowledgement takes longer than the round trip, its variation,
-    // and the time for which the other end may keep it back. The variation of an idle link is next to nothing, so an
-    // acknowledgement that is kept back comes too late as soon as either end is busy: the hub is asked not to.
-    let mut acknowledgements = AckFrequencyConfig::default();
-    acknowledgements.ack_eliciting_threshold(0u32.into());
     let mut transport = TransportConfig::default();
     // The beats decide when the link is dead; this only clears away what is left of it.
     let idle = IdleTimeout::try_from(silence_max * 2).unwrap_or(VarInt::MAX.into());
     transport
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(None)
-        .ack_frequency_config(Some(acknowledgements))
         .congestion_controller_factory(Arc::new(BbrConfig::default()))
         .mtu_discovery_config(Some(mtu))
         .initial_rtt(INITIAL_RTT)
