@@ -2,8 +2,10 @@
 
 use crate::api;
 use crate::watch::LOOK_INTERVAL;
-use kube::api::{Api, ApiResource, DynamicObject, PostParams};
+use kube::api::{Api, ApiResource, DynamicObject, ListParams, PostParams};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
+use std::fmt::Debug;
 use std::time::Duration;
 
 /// Pause after a look that the cluster did not answer.
@@ -81,6 +83,18 @@ pub(crate) async fn follow(kinds: &impl Kinds) {
                 tokio::time::sleep(RETRY_INTERVAL).await;
             }
         }
+    }
+}
+
+/// Whether the cluster has the kind of these objects.
+pub(crate) async fn is_there<K>(objects: &Api<K>) -> kube::Result<bool>
+where
+    K: Clone + DeserializeOwned + Debug,
+{
+    match objects.list(&ListParams::default().limit(1)).await {
+        Ok(_) => Ok(true),
+        Err(error) if api::is_kind_missing(&error) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

@@ -11,7 +11,7 @@ use crate::hub::Hub;
 use crate::watch::{LOOK_INTERVAL, is_over};
 use futures::StreamExt;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event};
 use serde::de::DeserializeOwned;
@@ -122,18 +122,11 @@ impl Watch {
 
     /// Whether the cluster has both kinds.
     async fn look(&self) -> kube::Result<bool> {
-        let one = ListParams::default().limit(1);
         let namespaced = Api::<ObjectSync>::all(self.client.clone());
         let cluster = Api::<ClusterObjectSync>::all(self.client.clone());
-        let looks = futures::join!(namespaced.list(&one), cluster.list(&one));
-        for look in [looks.0.map(drop), looks.1.map(drop)] {
-            match look {
-                Ok(()) => {}
-                Err(error) if api::is_kind_missing(&error) => return Ok(false),
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(true)
+        let (namespaced, cluster) =
+            futures::join!(definitions::is_there(&namespaced), definitions::is_there(&cluster));
+        Ok(namespaced? && cluster?)
     }
 
     /// Creates the two definitions and waits until they are served.

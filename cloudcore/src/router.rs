@@ -21,7 +21,7 @@ use http::{Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
-use kube::api::{Api, ApiResource, DynamicObject, ListParams};
+use kube::api::{Api, ApiResource, DynamicObject};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event};
 use serde_json::{Value, json};
@@ -276,10 +276,8 @@ impl Kinds for Router {
 
     async fn look(&self) -> kube::Result<bool> {
         for is_rule in [true, false] {
-            match self.objects(is_rule).list(&ListParams::default().limit(1)).await {
-                Ok(_) => {}
-                Err(error) if api::is_kind_missing(&error) => return Ok(false),
-                Err(error) => return Err(error),
+            if !definitions::is_there(&self.objects(is_rule)).await? {
+                return Ok(false);
             }
         }
         Ok(true)

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use prost::Message;
+use skerry_edge_core::pods::image::Credentials;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status};
 
@@ -94,6 +95,18 @@ pub struct Runtime {
     runtime: RuntimeServiceClient<Channel>,
     image: ImageServiceClient<Channel>,
     events: EventsClient<Channel>,
+}
+
+/// What a registry is told, for [`Runtime::pull_image`].
+pub(crate) fn auth(credentials: &Credentials) -> v1::AuthConfig {
+    v1::AuthConfig {
+        username: credentials.username.clone(),
+        password: credentials.password.clone(),
+        auth: credentials.auth.clone(),
+        identity_token: credentials.identity_token.clone(),
+        registry_token: credentials.registry_token.clone(),
+        ..Default::default()
+    }
 }
 
 impl Runtime {

@@ -11,7 +11,7 @@
 //! Data for the event and service bus is answered with an error: there are none yet.
 
 use crate::config::Config;
-use crate::cri::{Runtime, v1};
+use crate::cri::{self, Runtime, v1};
 use crate::kubeedge;
 use crate::node;
 use crate::objects::{Found, LookupRequest};
@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use skerry_edge_core::jobs::{self, Images, Order, Report, Work};
 use skerry_edge_core::outbox::REMOVE_DELAY;
-use skerry_edge_core::pods::image::{Credentials, Keyring, with_tag};
+use skerry_edge_core::pods::image::{Keyring, with_tag};
 use skerry_protocol::job::{ImageStatus, Kind};
 use skerry_protocol::{Message, Operation, ResourcePath};
 use std::collections::{BTreeMap, HashSet};
@@ -345,7 +345,7 @@ async fn fetch_one(runtime: &Runtime, image: &str, keyring: &Keyring) -> Result<
     let name = with_tag(image).map_err(|error| error.to_string())?;
     let found = keyring.find(&name);
     let mut tries: Vec<Option<v1::AuthConfig>> =
-        found.into_iter().map(|credentials| Some(auth(credentials))).collect();
+        found.into_iter().map(|credentials| Some(cri::auth(credentials))).collect();
     if tries.is_empty() {
         tries.push(None);
     }
@@ -357,17 +357,6 @@ async fn fetch_one(runtime: &Runtime, image: &str, keyring: &Keyring) -> Result<
         }
     }
     Err(last)
-}
-
-fn auth(credentials: &Credentials) -> v1::AuthConfig {
-    v1::AuthConfig {
-        username: credentials.username.clone(),
-        password: credentials.password.clone(),
-        auth: credentials.auth.clone(),
-        identity_token: credentials.identity_token.clone(),
-        registry_token: credentials.registry_token.clone(),
-        ..Default::default()
-    }
 }
 
 async fn check(config: &Config, items: &[String]) -> Result<(), String> {

@@ -416,8 +416,7 @@ impl Syncs {
         if !self.is_available() {
             return true;
         }
-        let records = self.nodes.entry(Arc::clone(node)).or_default();
-        let record = records.entry(id.clone()).or_insert_with(|| Record::absent(spec()));
+        let record = self.record_or_absent(node, id, spec);
         let is_there = record.stored != Stored::Absent;
         let is_leaving = matches!(&record.writing, Some(Writing { wish: Wish::Remove, .. }));
         match &record.wish {
@@ -447,8 +446,7 @@ impl Syncs {
         if !self.is_available() {
             return true;
         }
-        let records = self.nodes.entry(Arc::clone(node)).or_default();
-        let record = records.entry(id.clone()).or_insert_with(|| Record::absent(spec()));
+        let record = self.record_or_absent(node, id, spec);
         // Without a record nobody would know of the object if the delete were lost with this process.
         let is_there = record.stored != Stored::Absent;
         if record.writing.is_none() && is_there && record.stored.acked().is_none() {
@@ -473,8 +471,7 @@ impl Syncs {
         if !self.is_available() {
             return;
         }
-        let records = self.nodes.entry(Arc::clone(node)).or_default();
-        let record = records.entry(id.clone()).or_insert_with(|| Record::absent(spec()));
+        let record = self.record_or_absent(node, id, spec);
         record.is_doubted = false;
         record.unsure = None;
         record.hold(Arc::clone(version));
@@ -597,6 +594,16 @@ impl Syncs {
         self.nodes.get_mut(node)?.get_mut(id)
     }
 
+    fn record_or_absent(
+        &mut self,
+        node: &Arc<str>,
+        id: &SyncId,
+        spec: impl FnOnce() -> SyncSpec,
+    ) -> &mut Record {
+        let records = self.nodes.entry(Arc::clone(node)).or_default();
+        records.entry(id.clone()).or_insert_with(|| Record::absent(spec()))
+    }
+
     fn remove(&mut self, node: &Arc<str>, id: &SyncId, is_lazy: bool) {
         let Some(record) = self.record(node, id) else { return };
         let is_over = record.stored == Stored::Absent && record.writing.is_none();
@@ -650,8 +657,7 @@ impl Syncs {
             Some((node, _)) => Arc::clone(node),
             None => node.into(),
         };
-        let records = self.nodes.entry(Arc::clone(&node)).or_default();
-        let record = records.entry(id.clone()).or_insert_with(|| Record::absent(spec));
+        let record = self.record_or_absent(&node, &id, || spec);
         let last = match &record.writing {
             Some(Writing { heard: Some((at, _)), .. }) => *at,
             _ => record.at,

@@ -241,10 +241,8 @@ impl Kinds for Watch {
 
     async fn look(&self) -> kube::Result<bool> {
         for kind in Kind::ALL {
-            match self.objects(kind).list(&ListParams::default().limit(1)).await {
-                Ok(_) => {}
-                Err(error) if api::is_kind_missing(&error) => return Ok(false),
-                Err(error) => return Err(error),
+            if !definitions::is_there(&self.objects(kind)).await? {
+                return Ok(false);
             }
         }
         Ok(true)

@@ -8,11 +8,11 @@
 
 use jiff::Timestamp;
 use skerry_edge_core::pods::backoff::Backoff;
-use skerry_edge_core::pods::image::{self, Credentials, Keyring, PullPolicy};
+use skerry_edge_core::pods::image::{self, Keyring, PullPolicy};
 use skerry_edge_core::pods::plan::Waiting;
 use tokio::sync::Semaphore;
 
-use crate::cri::{CriError, Runtime, v1};
+use crate::cri::{self, CriError, Runtime, v1};
 
 /// Pulls at the same time on this node; more only compete for one link and one disk.
 const PULLS_MAX: usize = 2;
@@ -191,23 +191,12 @@ async fn try_credentials(
     }
     let mut last = None;
     for credentials in found {
-        match runtime.pull_image(name, Some(auth(credentials)), sandbox.cloned()).await {
+        match runtime.pull_image(name, Some(cri::auth(credentials)), sandbox.cloned()).await {
             Ok(reference) => return Ok(reference),
             Err(error) => last = Some(error),
         }
     }
     Err(last.expect("at least one was tried"))
-}
-
-fn auth(credentials: &Credentials) -> v1::AuthConfig {
-    v1::AuthConfig {
-        username: credentials.username.clone(),
-        password: credentials.password.clone(),
-        auth: credentials.auth.clone(),
-        identity_token: credentials.identity_token.clone(),
-        registry_token: credentials.registry_token.clone(),
-        ..Default::default()
-    }
 }
 
 fn waits(reason: &str, message: String, retry_at: Option<Timestamp>) -> Outcome {
