@@ -7,6 +7,7 @@ use clap::{Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use skerry_image::build::{self, Built, Order, Prepared};
 use skerry_image::bundle::{self, BundleError, Trust};
+use skerry_image::deb::Kind;
 use skerry_image::erofs::Level;
 use skerry_image::manifest::Manifest;
 use skerry_image::packages::{self, Arch, Cache, Catalogue, Lock, Source};
@@ -322,12 +323,35 @@ fn firmware(folder: &Path, args: &PackageArgs) -> Result<ExitCode> {
     let (arch, catalogue, steps) = (arch(None)?, Catalogue::embedded(), Steps::new());
     let names = catalogue.test_packages(arch);
     let found = packages::fetch(&Lock::embedded(), arch, names, &cache, &source, &steps);
+    // Unpacking never writes over a file; what was unpacked takes the place of what an earlier call has left.
+    let half = folder.join(".unpacking");
+    let place = |path: &str| -> std::io::Result<()> {
+        let to = folder.join(path);
+        std::fs::create_dir_all(to.parent().expect("a path of a package is inside of the folder"))?;
+        std::fs::rename(half.join(path), to)
+    };
     for package in found.map_err(|error| explain(&error, error.hint()))?.values() {
-        skerry_image::deb::unpack(&package.path, folder, |path| path.ends_with(".fd"))
+        remove_folder(&half)?;
+        let files = skerry_image::deb::unpack(&package.path, &half, |path| path.ends_with(".fd"))
             .map_err(|error| explain(&error, None::<String>))?;
+        let files = files.iter().filter(|(_, file)| matches!(file.kind, Kind::File { .. }));
+        for (path, _) in files {
+            place(path).with_context(|| format!("could not write `{path}`"))?;
+        }
     }
+    remove_folder(&half)?;
     steps.end();
     Ok(ExitCode::SUCCESS)
+}
+
+/// Removes a folder, which need not be there.
+fn remove_folder(folder: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("could not remove `{}`", folder.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn lock(args: &LockArgs, output: Output) -> Result<ExitCode> {

@@ -11,7 +11,7 @@
 //! - `listen`: TLS connections. `admission`: which of them may become links, and when. `transport`, `websocket`, `quic`:
 //!   what carries a link. `session`: one node's link. `monitor`: what an operator sees of them.
 //! - `hub`: the one task that owns what every node should have. `watch`: what feeds it. `upstream`: what a node asks for.
-//! - `tunnel`: log streams.
+//! - `tunnel`: log streams. `heap`: memory that a long message took is given back.
 
 mod admission;
 mod api;
@@ -20,6 +20,7 @@ mod authority;
 mod definitions;
 mod enrolment;
 mod gate;
+mod heap;
 mod hub;
 mod jobs;
 mod leases;
@@ -164,6 +165,7 @@ impl CloudCore {
         config: Config,
         streams: Streams,
     ) -> Result<Self, StartError> {
+        heap::keep_large_blocks_apart();
         let authority = authority::Authority::open(&client, &config.advertise).await?;
         let authority = Arc::new(authority);
         let gate = gate::Gate::open(&client, Arc::clone(&authority)).await?;

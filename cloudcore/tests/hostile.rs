@@ -245,7 +245,8 @@ async fn fragments_for_ever_and_bombs_are_refused() {
         sent += fragment.len();
     }
     let _ = node.stream.flush().await;
-    assert_eq!(node.closed().await, (1009, "a message is over the bound of 4194304 bytes".into()));
+    let reason = format!("a message is over the bound of {UPSTREAM_LEN_MAX} bytes");
+    assert_eq!(node.closed().await, (1009, reason));
 
     // 5 MiB of spaces in a few kilobytes.
     let mut node = raw(&cluster, "edge2", Some(OURS)).await;

@@ -215,7 +215,7 @@ async fn message_over_the_bound_ends_the_connection_with_the_reason() {
     let long = "x".repeat(UPSTREAM_LEN_MAX + 1);
     // The hub may hang up in the middle of it.
     let _ = link.socket.send(WsMessage::text(long)).await;
-    assert_eq!(link.closed().await, "a message is over the bound of 4194304 bytes");
+    assert_eq!(link.closed().await, "a message is over the bound of 3211264 bytes");
     cluster.stop().await;
 }
 

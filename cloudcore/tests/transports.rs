@@ -425,7 +425,7 @@ async fn broken_quic_peers_are_cut_off_and_told_why() {
     let header = frame::encode_header(frame::Kind::Message, UPSTREAM_LEN_MAX + 1);
     long.write_bytes(Class::Pod, &header).await.expect("sent");
     let (code, reason) = long.closed().await;
-    assert_eq!((code, reason.as_str()), (1009, "a message is over the bound of 4194304 bytes"));
+    assert_eq!((code, reason.as_str()), (1009, "a message is over the bound of 3211264 bytes"));
 
     let mut unknown = open().await;
     unknown.write_bytes(Class::Pod, &[0, 0, 0, 1, 9, 9]).await.expect("sent");

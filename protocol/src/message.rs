@@ -25,11 +25,14 @@ pub type Content = Arc<RawValue>;
 /// keeps a broken or hostile peer from filling the memory of the other end.
 pub const MESSAGE_LEN_MAX: usize = 32 * 1024 * 1024;
 
-/// The largest message that a hub accepts from one node, in bytes (4 MiB).
+/// The largest message that a hub accepts from one node, in bytes: the 3 MiB that a Kubernetes API takes as the body of
+/// a request, and 64 KiB around it.
 ///
-/// Nodes send patches of their own objects and bodies of up to 1 MiB from applications. The bound is smaller than
-/// [`MESSAGE_LEN_MAX`] because a hub holds this much for every node that wants it to.
-pub const UPSTREAM_LEN_MAX: usize = 4 * 1024 * 1024;
+/// Nodes send patches of their own objects and what applications write. The bound is smaller than [`MESSAGE_LEN_MAX`]
+/// because a hub holds this much for every node that wants it to.
+///
+/// Source of the 3 MiB: kubernetes/apiserver, pkg/server/config.go (`MaxRequestBodyBytes`).
+pub const UPSTREAM_LEN_MAX: usize = (3 * 1024 + 64) * 1024;
 
 /// What a message takes on the wire beside its body and its texts, at most.
 const ENVELOPE_LEN: usize = 256;

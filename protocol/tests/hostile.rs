@@ -181,7 +181,7 @@ fn every_operation_has_one_name() {
 #[test]
 fn length_bounds_are_those_of_the_roles() {
     assert_eq!(MESSAGE_LEN_MAX, 32 << 20);
-    assert_eq!(UPSTREAM_LEN_MAX, 4 << 20);
+    assert_eq!(UPSTREAM_LEN_MAX, 3_211_264);
     let mut header = BytesMut::new();
     websocket::encode_header(Role::Client, Opcode::Text, UPSTREAM_LEN_MAX + 1, [0; 4], &mut header);
     let mut decoder = websocket::Decoder::new(Role::Server, UPSTREAM_LEN_MAX);

@@ -337,19 +337,19 @@ ebpf() {
     run ip -n pod addr add 10.1.0.2/24 dev eth0
     run ip -n host addr add 10.1.0.1/24 dev lxc0
     run ip -n host rule add fwmark 0x10 lookup 100
-    rm -f /sys/fs/bpf/truth-*
-    run /truth/init pin sched_cls 2 /sys/fs/bpf/truth-drop
-    run /truth/init pin sched_cls 0 /sys/fs/bpf/truth-pass
+    rm -f /run/bpf/truth-*
+    run /truth/init pin sched_cls 2 /run/bpf/truth-drop
+    run /truth/init pin sched_cls 0 /run/bpf/truth-pass
     tcp pod 10.1.0.1 7000 host 7000
     run tc -n host qdisc add dev lxc0 clsact
-    # `tc` looks for its own mount of the file system; the file stays the same in the namespace of mounts that it makes.
-    run tc -n host filter add dev lxc0 ingress prio 1 bpf da object-pinned /sys/fs/bpf/truth-drop
+    # Not below /sys: `tc -n` mounts that anew for the other network, and programs pinned there would be out of sight.
+    run tc -n host filter add dev lxc0 ingress prio 1 bpf da object-pinned /run/bpf/truth-drop
     no_tcp pod 10.1.0.1 7001 host 7001
     run tc -n host filter del dev lxc0 ingress
-    run tc -n host filter add dev lxc0 ingress prio 1 bpf da object-pinned /sys/fs/bpf/truth-pass
+    run tc -n host filter add dev lxc0 ingress prio 1 bpf da object-pinned /run/bpf/truth-pass
     tcp pod 10.1.0.1 7002 host 7002
     run /truth/init deny-connect /sys/fs/cgroup/truth
-    rm -f /sys/fs/bpf/truth-*
+    rm -f /run/bpf/truth-*
 }
 
 calico_ebpf() { ebpf; run ip -n host link add cx type vxlan external dstport 4789; }

@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 pub const RENEW_INTERVAL: Duration = Duration::from_secs(10);
 /// How long a Lease holds at least, `spec.leaseDurationSeconds`.
 pub const LEASE_DURATION: Duration = Duration::from_secs(40);
-/// Lease writes in one second, for all nodes of this hub. A Kubernetes API takes thousands, the embedded one some two
-/// thousand; the rest is for others. Three thousand nodes so have kubelet's interval, and twelve thousand one that is
+/// Lease writes in one second, for all nodes of this hub. A Kubernetes API takes thousands, the embedded one
+/// some eight hundred beside ten thousand links on two cores (`cargo xtask bench link`, `lease_writes_per_s`); the rest
+/// is for others. Three thousand nodes so have kubelet's interval, and twelve thousand one that is
 /// within the grace of 40 s after which a cluster's controllers call a node unreachable, whatever its Lease says.
 pub const WRITES_PER_S: u32 = 300;
 /// Writes that wait for the API at the same time.

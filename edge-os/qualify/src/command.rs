@@ -59,7 +59,7 @@ struct Args {
     autoload: Option<Autoload>,
     state: Option<PathBuf>,
     /// Of the probing child: its group, and the last probe that is done.
-    probes: Option<String>,
+    probes: Option<probe::Part>,
     after: String,
 }
 
@@ -184,7 +184,11 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, CommandError> {
                 });
             }
             "--state" => parsed.state = Some(value()?.into()),
-            "--probes" => parsed.probes = Some(value()?),
+            "--probes" => {
+                let text = value()?;
+                let usage = || CommandError::Usage(format!("`--probes {text}` is no part of them"));
+                parsed.probes = Some(probe::Part::parse(&text).ok_or_else(usage)?);
+            }
             "--after" => parsed.after = value()?,
             "--list" => parsed.list = true,
             "-h" | "--help" => parsed.help = true,
@@ -221,8 +225,8 @@ fn answer(prefix: &[&str], args: Args) -> Result<(String, u8), CommandError> {
     }
     let autoload = args.autoload.unwrap_or(Autoload::Known);
     let state = args.state.clone().unwrap_or_else(|| ".".into());
-    if let Some(group) = &args.probes {
-        probe::child(&table, group, &args.after, autoload, &state);
+    if let Some(part) = args.probes {
+        probe::child(&table, part, &args.after, autoload, &state);
         return Ok((String::new(), 0));
     }
     if args.list {

@@ -163,11 +163,14 @@ fn try_all() -> Result<()> {
         mount(Some(kind), at, Some(kind), MsFlags::empty(), none)
             .with_context(|| format!("could not mount {at}"))?;
     }
-    fs::create_dir_all("/dev/pts")?;
+    for folder in ["/dev/pts", "/run/bpf"] {
+        fs::create_dir_all(folder)?;
+    }
     let _ = mount(Some("devpts"), "/dev/pts", Some("devpts"), MsFlags::empty(), none);
     for (kind, at) in [
         ("cgroup2", "/sys/fs/cgroup"),
         ("bpf", "/sys/fs/bpf"),
+        ("bpf", "/run/bpf"),
         ("securityfs", "/sys/kernel/security"),
     ] {
         let _ = mount(Some(kind), at, Some(kind), MsFlags::empty(), none);

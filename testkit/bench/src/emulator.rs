@@ -9,6 +9,8 @@ use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns};
 use std::collections::VecDeque;
 use std::fs::File;
+use std::io::Write;
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -54,14 +56,24 @@ struct Way {
 
 impl Emulator {
     /// Joins two named namespaces; the caller runs in the hub's.
-    pub(crate) fn start(hub_namespace: &str, node_namespace: &str, seed: u64) -> Result<Self> {
+    ///
+    /// `packets` is a file that gets a line for each packet, see [`Diary`].
+    pub(crate) fn start(
+        hub_namespace: &str,
+        node_namespace: &str,
+        seed: u64,
+        packets: Option<&Path>,
+    ) -> Result<Self> {
+        let diary = packets.map(Diary::create).transpose()?;
         let hub = Arc::new(device(hub_namespace)?);
         let node = Arc::new(device(node_namespace)?);
         address(hub_namespace, HUB, NODE)?;
         address(node_namespace, NODE, HUB)?;
         let ways = [Arc::new(Way::default()), Arc::new(Way::default())];
-        carry(Arc::clone(&hub), Arc::clone(&node), &ways[0], seed);
-        carry(node, hub, &ways[1], seed.wrapping_add(1));
+        let down = diary.as_ref().map(|diary| (Arc::clone(diary), "down"));
+        let up = diary.map(|diary| (diary, "up"));
+        carry(Arc::clone(&hub), Arc::clone(&node), &ways[0], seed, down);
+        carry(node, hub, &ways[1], seed.wrapping_add(1), up);
         Ok(Self { node_namespace: node_namespace.into(), ways })
     }
 
@@ -110,6 +122,37 @@ impl Emulator {
     }
 }
 
+/// One line for each packet: seconds since the link began, `down` (to the node) or `up`, bytes with the IP header, and
+/// `udp`, or `tcp` with its flags and the bytes that it carries.
+struct Diary {
+    begin: Instant,
+    file: Mutex<File>,
+}
+
+impl Diary {
+    fn create(path: &Path) -> Result<Arc<Self>> {
+        let file = File::create(path)
+            .with_context(|| format!("could not write packets to `{}`", path.display()))?;
+        Ok(Arc::new(Self { begin: Instant::now(), file: Mutex::new(file) }))
+    }
+
+    fn write(&self, way: &str, packet: &[u8]) {
+        let header = packet.first().map_or(0, |first| usize::from(first & 15) * 4);
+        let what = match (packet.get(9), packet.get(header + 12..header + 14)) {
+            (Some(17), _) => "udp".into(),
+            (Some(6), Some([offset, flags])) => {
+                let carried = packet.len().saturating_sub(header + usize::from(offset >> 4) * 4);
+                format!("tcp flags {flags:#04x} carries {carried}")
+            }
+            _ => "other".into(),
+        };
+        let seconds = self.begin.elapsed().as_secs_f64();
+        let mut file = self.file.lock().expect("no holder panics");
+        // A diary that cannot be written is seen by who asked for it; the measurement goes on.
+        let _ = writeln!(file, "{seconds:.6} {way} {} {what}", packet.len());
+    }
+}
+
 /// Runs `ip` with these arguments.
 pub(crate) fn ip(arguments: &[&str]) -> Result<()> {
     let done = Command::new("ip").args(arguments).output().context("could not start `ip`")?;
@@ -128,7 +171,14 @@ fn device(namespace: &str) -> Result<SyncDevice> {
     let made = std::thread::spawn(move || -> Result<SyncDevice> {
         let handle = File::open(&path).with_context(|| format!("no namespace `{path}`"))?;
         setns(handle, CloneFlags::CLONE_NEWNET).context("could not enter the namespace")?;
-        Ok(DeviceBuilder::new().name(DEVICE).mtu(MTU).build_sync()?)
+        let device = DeviceBuilder::new().name(DEVICE).mtu(MTU).build_sync()?;
+        // The link has IPv4 addresses only. Left alone, the kernel looks for IPv6 routers in it for minutes, at growing
+        // intervals, and an idle link would be charged for that. No file: a kernel without IPv6, which is as good.
+        let quiet = format!("/proc/sys/net/ipv6/conf/{DEVICE}/disable_ipv6");
+        if std::fs::exists(&quiet).unwrap_or(false) {
+            std::fs::write(&quiet, "1").with_context(|| format!("could not write `{quiet}`"))?;
+        }
+        Ok(device)
     });
     made.join().expect("the thread does not panic").context("could not make a TUN device")
 }
@@ -140,7 +190,13 @@ fn address(namespace: &str, own: &str, peer: &str) -> Result<()> {
     ip(&["-n", namespace, "route", "replace", "default", "dev", DEVICE])
 }
 
-fn carry(from: Arc<SyncDevice>, to: Arc<SyncDevice>, way: &Arc<Way>, seed: u64) {
+fn carry(
+    from: Arc<SyncDevice>,
+    to: Arc<SyncDevice>,
+    way: &Arc<Way>,
+    seed: u64,
+    diary: Option<(Arc<Diary>, &'static str)>,
+) {
     use rand::{Rng, SeedableRng, rngs::StdRng};
     let reader = Arc::clone(way);
     std::thread::spawn(move || {
@@ -154,6 +210,9 @@ fn carry(from: Arc<SyncDevice>, to: Arc<SyncDevice>, way: &Arc<Way>, seed: u64) 
             };
             reader.packets.fetch_add(1, Ordering::Relaxed);
             reader.bytes.fetch_add(len as u64, Ordering::Relaxed);
+            if let Some((diary, way)) = &diary {
+                diary.write(way, &buffer[..len]);
+            }
             let weather = *reader.weather.lock().expect("no holder panics");
             if reader.blocked.load(Ordering::Relaxed) || random.random_bool(weather.loss) {
                 continue;

@@ -72,6 +72,9 @@ pub(crate) struct Plan {
     /// Nodes of the fleet figures
     #[arg(long, default_value_t = 10_000)]
     nodes: usize,
+    /// File that gets a line for each packet on the emulated link
+    #[arg(long)]
+    packets: Option<PathBuf>,
     /// Seed of all that is random
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -84,7 +87,8 @@ pub(crate) async fn run(plan: Plan, hub_namespace: &str, node_namespace: &str) -
     let on_link = ["bulk", "resume", "upstream", "idle"].into_iter().any(wants);
     let with_peer = plan.peer.is_some() && wants("peer");
     if on_link || with_peer {
-        let emulator = Emulator::start(hub_namespace, node_namespace, plan.seed)?;
+        let emulator =
+            Emulator::start(hub_namespace, node_namespace, plan.seed, plan.packets.as_deref())?;
         for quic in [true, false] {
             let name = if quic { "quic" } else { "websocket" };
             if !on_link || plan.transport.as_ref().is_some_and(|only| only != name) {

@@ -16,6 +16,7 @@ use kube::api::{Api, Patch, PatchParams, PostParams};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use skerry_protocol::digest::{self, Digest};
+use skerry_protocol::message::UPSTREAM_LEN_MAX;
 use skerry_protocol::websocket::{self, Opcode, Role};
 use skerry_protocol::{Message, Operation};
 use std::time::Duration;
@@ -36,7 +37,7 @@ const LARGE_LEN: usize = 500_000;
 const JUNK_LEN: usize = 64 * 1024;
 const JUNK_PAUSE: Duration = Duration::from_millis(62);
 /// Content of a large message: with its envelope just under what a hub takes of a node.
-const MESSAGE_LEN: usize = 4 * 1024 * 1024 - 4096;
+const MESSAGE_LEN: usize = UPSTREAM_LEN_MAX - 4096;
 const NAME: &str = "hostile";
 
 /// What a node does instead of what it should.
@@ -46,7 +47,7 @@ pub(crate) enum Hostile {
     Junk,
     /// Asks for everything and reads nothing.
     Mute,
-    /// Messages of 4 MiB, as fast as they are taken.
+    /// Messages as long as a hub takes, as fast as it takes them.
     Large,
 }
 

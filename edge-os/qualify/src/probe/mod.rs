@@ -1,8 +1,10 @@
-//! Asking the running kernel. Each group of probes runs in a process of its own, with a bound for each probe.
+//! Asking the running kernel. The probes run in processes of their own, with a bound for each probe.
 //!
-//! The program starts itself again for each group (`--probes GROUP`); that child makes its namespaces, asks one
+//! The program starts itself again for each [`Part`] (`--probes net:0/4`); that child makes its namespaces, asks one
 //! question after the other and writes one line before and one after each. A child that hangs or dies takes only the
-//! probe with it that it was at; another goes on behind it. Everything made on the host goes with the child.
+//! probe with it that it was at; another goes on behind it. Everything made on the host goes with the child. Parts run
+//! beside each other, because a probe waits most of its time: what the kernel takes down, it takes down after every
+//! processor has been elsewhere for once.
 
 mod bpf;
 mod host;
@@ -24,8 +26,52 @@ pub const PROBE_BOUND: Duration = Duration::from_secs(15);
 /// Most children that may die in one group before the rest of it is given up.
 const DEATHS_MAX: usize = 8;
 
-/// The groups, in the order in which they run: cheap and harmless first.
-pub const GROUPS: [&str; 4] = ["host", "bpf", "fs", "net"];
+/// What runs alone, first: it measures the disk.
+const FIRST: Part = Part::new("host", 0, 1);
+/// What runs beside each other after it. Network probes take the longest by far, each part of them in a network namespace
+/// of its own.
+const REST: [Part; 6] = [
+    Part::new("bpf", 0, 1),
+    Part::new("fs", 0, 1),
+    Part::new("net", 0, 4),
+    Part::new("net", 1, 4),
+    Part::new("net", 2, 4),
+    Part::new("net", 3, 4),
+];
+
+/// Every `of`-th probe of a group, from the one at `index` on. As text: `net:1/4`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    group: &'static str,
+    index: usize,
+    of: usize,
+}
+
+impl std::fmt::Display for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}/{}", self.group, self.index, self.of)
+    }
+}
+
+impl Part {
+    const fn new(group: &'static str, index: usize, of: usize) -> Self {
+        Self { group, index, of }
+    }
+
+    /// Reads one that [`run`] starts; `None` for anything else.
+    pub fn parse(text: &str) -> Option<Self> {
+        [FIRST].into_iter().chain(REST).find(|part| part.to_string() == text)
+    }
+
+    /// Its checks, in the order in which they are tried.
+    fn checks(self, table: &Table) -> impl Iterator<Item = (&Check, &[String])> {
+        let group = table.checks.values().filter_map(move |check| {
+            let words = check.probe.as_deref()?;
+            (group_of(&words[0]) == self.group).then_some((check, words))
+        });
+        group.skip(self.index).step_by(self.of)
+    }
+}
 
 /// Which probes may make the kernel load a module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,29 +146,37 @@ fn group_of(probe: &str) -> &'static str {
 
 /// Runs every probe of the table.
 pub fn run(table: &Table, plan: &Plan, progress: &mut dyn FnMut(&str)) -> Found {
+    progress(FIRST.group);
+    let mut found = run_part(table, plan, FIRST);
+    progress("bpf, fs, net");
+    std::thread::scope(|scope| {
+        let parts = REST.map(|part| scope.spawn(move || run_part(table, plan, part)));
+        for part in parts {
+            let more = part.join().expect("no probe runs in this process");
+            found.seen.extend(more.seen);
+            found.measured.extend(more.measured);
+            found.took_ms.extend(more.took_ms);
+        }
+    });
+    found
+}
+
+fn run_part(table: &Table, plan: &Plan, part: Part) -> Found {
     let mut found = Found::default();
-    for group in GROUPS {
-        progress(group);
-        let checks: Vec<&Check> = table
-            .checks
-            .values()
-            .filter(|check| check.probe.as_ref().is_some_and(|words| group_of(&words[0]) == group))
-            .collect();
-        let mut after: Option<String> = None;
-        for death in 0.. {
-            match one_child(plan, group, after.as_deref(), &mut found) {
-                Ending::Whole => break,
-                Ending::At(id, why) if death < DEATHS_MAX => {
-                    found.seen.insert(id.clone(), Seen::Unclear(why));
-                    after = Some(id);
+    let mut after: Option<String> = None;
+    for death in 0.. {
+        match one_child(plan, part, after.as_deref(), &mut found) {
+            Ending::Whole => break,
+            Ending::At(id, why) if death < DEATHS_MAX => {
+                found.seen.insert(id.clone(), Seen::Unclear(why));
+                after = Some(id);
+            }
+            Ending::At(_, why) | Ending::Nowhere(why) => {
+                for (check, _) in part.checks(table) {
+                    let seen = Seen::Unclear(why.clone());
+                    found.seen.entry(check.id.clone()).or_insert(seen);
                 }
-                Ending::At(_, why) | Ending::Nowhere(why) => {
-                    for check in &checks {
-                        let seen = Seen::Unclear(why.clone());
-                        found.seen.entry(check.id.clone()).or_insert(seen);
-                    }
-                    break;
-                }
+                break;
             }
         }
     }
@@ -138,9 +192,9 @@ enum Ending {
     Nowhere(String),
 }
 
-fn one_child(plan: &Plan, group: &str, after: Option<&str>, found: &mut Found) -> Ending {
+fn one_child(plan: &Plan, part: Part, after: Option<&str>, found: &mut Found) -> Ending {
     let mut command = Command::new(&plan.program);
-    command.args(&plan.prefix).args(["--probes", group]);
+    command.args(&plan.prefix).arg("--probes").arg(part.to_string());
     command.args(["--after", after.unwrap_or("")]).arg("--state").arg(&plan.state);
     let policy = match plan.autoload {
         Autoload::None => "none",
@@ -227,8 +281,8 @@ fn from_line(kind: u8, text: String) -> Seen {
     }
 }
 
-/// The probing child: runs the probes of `group` that stand behind `after`.
-pub fn child(table: &Table, group: &str, after: &str, autoload: Autoload, state: &Path) {
+/// The probing child: runs the probes of a part that stand behind `after`.
+pub fn child(table: &Table, part: Part, after: &str, autoload: Autoload, state: &Path) {
     sys::die_with_parent();
     let _ = sys::raise_memlock();
     let say = |line: &Line| {
@@ -244,16 +298,12 @@ pub fn child(table: &Table, group: &str, after: &str, autoload: Autoload, state:
         state: state.into(),
         measured: BTreeMap::new(),
     };
-    let namespace = (group == "net").then(|| {
+    let namespace = (part.group == "net").then(|| {
         let cards = net::xdp_features();
         let made = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET);
         (cards, made.err().map(|errno| errno as i32))
     });
-    for check in table.checks.values() {
-        let Some(words) = &check.probe else { continue };
-        if group_of(&words[0]) != group || check.id.as_str() <= after {
-            continue;
-        }
+    for (check, words) in part.checks(table).filter(|(check, _)| check.id.as_str() > after) {
         say(&Line::Start(check.id.clone()));
         let seen = match &namespace {
             Some((cards, _)) if words[0] == "xdp-features" => Some(cards.clone()),
@@ -435,5 +485,26 @@ impl Bench {
             ["cgroup-attach", _] => host::cgroup_attach(place),
             _ => return None,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_share_all_probes_among_themselves() {
+        let table = Table::built_in();
+        let all = table.checks.values().filter(|check| check.probe.is_some());
+        let all: Vec<&str> = all.map(|check| check.id.as_str()).collect();
+        let mut parts: Vec<&str> = [FIRST]
+            .into_iter()
+            .chain(REST)
+            .inspect(|part| assert_eq!(Part::parse(&part.to_string()), Some(*part)))
+            .flat_map(|part| part.checks(&table).map(|(check, _)| check.id.as_str()))
+            .collect();
+        parts.sort_unstable();
+        assert_eq!(parts, all);
+        assert_eq!(Part::parse("net:4/4"), None);
     }
 }

@@ -282,7 +282,8 @@ pub(super) fn filter(kind: &str) -> Seen {
         if let Err(refused) = add_qdisc(route, index, "clsact") {
             return seen(Err(refused), &[ENOENT]);
         }
-        let info = 1 << 16 | u32::from(3u16.to_be());
+        // A priority holds filters of one kind, also when there is none in it any more: each question has its own.
+        let info = |priority: u32| priority << 16 | u32::from(3u16.to_be());
         let program = if kind == "bpf" { bpf::classifier().ok() } else { None };
         let (real, options): (&str, Vec<Vec<u8>>) = match kind {
             "bpf" => match &program {
@@ -313,7 +314,7 @@ pub(super) fn filter(kind: &str) -> Seen {
                 let options = nest(2, &[attribute(2, &parameters)]);
                 let action = nest(1, &[attribute(1, &text("mirred")), options]);
                 // On whichever classifier the kernel has.
-                match filter_without_action(route, index, info, "u32") {
+                match filter_without_action(route, index, info(3), "u32") {
                     true => {
                         let mut selector = vec![0u8; 32];
                         selector[0] = 1;
@@ -325,16 +326,16 @@ pub(super) fn filter(kind: &str) -> Seen {
             }
             other => (other, vec![]),
         };
-        let add = |route: &mut Netlink, kind: &str, options: &[Vec<u8>]| {
-            let header = tc(index, 0, 0xffff_fff2, info);
+        let add = |route: &mut Netlink, priority: u32, kind: &str, options: &[Vec<u8>]| {
+            let header = tc(index, 0, 0xffff_fff2, info(priority));
             let message = Message::new(44, ASK | CREATE, &header).with(1, &text(kind));
             route.ask(&message.with(2, &options.concat())).map(|_| "added one".to_owned())
         };
-        match add(route, "kqnone", &[]) {
+        match add(route, 2, "kqnone", &[]) {
             Err(refused) if refused.errno == ENOENT => {}
             other => return Seen::Unclear(format!("a kind that cannot be got {other:?}")),
         }
-        match add(route, real, &options) {
+        match add(route, 1, real, &options) {
             // ENOENT of the classifier says nothing of the action.
             Err(refused) if kind == "mirred" && refused.text.contains("classifier") => {
                 Seen::Unclear(refused.words())
