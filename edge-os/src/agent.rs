@@ -23,6 +23,7 @@ use crate::pods::{
 use crate::preload;
 use crate::qualification::{self, Published};
 use crate::tunnel;
+use crate::twin::{self, Event as TwinEvent, Up};
 use jiff::Timestamp;
 use serde_json::Value;
 use skerry_edge_core::Now;
@@ -31,11 +32,12 @@ use skerry_edge_core::meta::{Effect, Meta, Step};
 use skerry_edge_core::node::COMPUTE_INTERVAL;
 use skerry_edge_core::status::PodKey;
 use skerry_edge_core::uplink::{Output, Ticket, Uplink};
+use skerry_protocol::bus::EVENT_ROUTER;
 use skerry_protocol::capability::Capabilities;
 use skerry_protocol::tunnel::DEMAND;
-use skerry_protocol::{Message, Operation};
+use skerry_protocol::{Message, Operation, ResourcePath};
 use skerry_qualify::publish::REQUEST;
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -48,6 +50,8 @@ const LOOKUPS_MAX: usize = 64;
 /// Messages that are looked at before what they ask for is made durable. A transaction costs about as much for many
 /// rows as for one, and nobody else is served meanwhile.
 const PUSHES_MAX: usize = 32;
+/// Messages about devices that wait for the link; more of them wait in the twin, as names.
+const TWIN_UP_MAX: usize = 16;
 /// Looks at the machine between two looks at the images.
 const IMAGES_EVERY: u32 = 30;
 /// Images in the Node's status, as kubelet's default.
@@ -137,7 +141,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
         );
     }
     let (jobs, from_jobs) = Jobs::start(config.clone(), lookups.clone());
+    let (twin_events, events_of_twin) = mpsc::channel(twin::EVENTS_MAX);
+    let (twin_up, from_twin) = mpsc::channel(twin::UP_MAX);
     let mut agent = Agent {
+        twin: twin_events,
+        twin_up: VecDeque::new(),
         jobs,
         uplink: Uplink::restore(facts, now, seed, rows, |seq| store.read_outbox(seq)),
         config: config.clone(),
@@ -192,6 +200,17 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
     let (api_requests, from_api) = mpsc::channel(metaserver::REQUESTS_MAX);
     let api_changes = agent.api.changes();
 
+    let devices = twin::Parts {
+        node: config.node_name.clone(),
+        store: store.clone(),
+        events: events_of_twin,
+        up: twin_up,
+        bus: config.bus.clone(),
+        socket: config.dmi_socket.clone(),
+        interval: config.report_interval,
+    };
+    parts.spawn(twin::run(devices, stop.clone()));
+
     // The link after the pods: they do not wait for it.
     let (link_events, from_link) = mpsc::channel(link::INCOMING_MAX);
     let timing = link::Timing::default();
@@ -218,6 +237,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
         lookup_requests,
         from_api,
         from_jobs,
+        from_twin,
         runtime,
         stop.clone(),
     );
@@ -338,6 +358,10 @@ impl Kernel {
 }
 
 struct Agent {
+    /// The owner of the devices.
+    twin: mpsc::Sender<TwinEvent>,
+    /// Its messages for the hub; at most [`TWIN_UP_MAX`].
+    twin_up: VecDeque<Message>,
     kernel: Kernel,
     appliance: Option<Appliance>,
     config: Arc<Config>,
@@ -380,6 +404,8 @@ enum Action {
     Lookup(LookupRequest),
     Api(ApiRequest),
     Job(Done),
+    /// Something about devices for the hub.
+    Twin(Up),
     /// Time to look at the machine, or the runtime's state is new.
     Look,
     /// A timer of the uplink, or room in the link's queue.
@@ -398,6 +424,7 @@ impl Agent {
         mut lookups: mpsc::Receiver<LookupRequest>,
         mut api: mpsc::Receiver<ApiRequest>,
         mut jobs: mpsc::Receiver<Done>,
+        mut twin: mpsc::Receiver<Up>,
         mut runtime: watch::Receiver<RuntimeInfo>,
         stop: CancellationToken,
     ) -> Result<(), AgentError> {
@@ -424,6 +451,8 @@ impl Agent {
                 Some(request) = lookups.recv() => Action::Lookup(request),
                 Some(request) = api.recv() => Action::Api(request),
                 Some(done) = jobs.recv() => Action::Job(done),
+                // While the link is full, the twin waits.
+                Some(up) = twin.recv(), if self.twin_up.len() < TWIN_UP_MAX => Action::Twin(up),
                 changed = runtime.changed() => {
                     changed.map_or(Action::Ended("the pod engine"), |()| Action::Look)
                 }
@@ -500,6 +529,8 @@ impl Agent {
                 self.uplink.handle_connected(now(), capabilities, digest);
                 self.api.handle_connected();
                 self.jobs.handle_connected();
+                self.twin_up.clear();
+                self.tell_twin(TwinEvent::Connected(capabilities)).await;
                 self.engine.link_up().await;
             }
             Action::Link(LinkEvent::Written(id)) => self.uplink.handle_written(now(), &id),
@@ -521,6 +552,8 @@ impl Agent {
                 self.meta.link_lost();
                 self.uplink.handle_disconnected(now());
                 self.api.handle_disconnected(now());
+                self.twin_up.clear();
+                self.tell_twin(TwinEvent::Disconnected).await;
             }
             Action::Link(LinkEvent::NotEnrolled(error)) => {
                 if self.meta.is_empty() {
@@ -569,6 +602,12 @@ impl Agent {
                 self.waiting.insert(ticket, request.answer);
             }
             Action::Api(request) => self.api.handle_request(now(), request),
+            Action::Twin(Up::Message(message)) => {
+                if self.outgoing.is_some() {
+                    self.twin_up.push_back(*message);
+                }
+            }
+            Action::Twin(Up::Upload { topic, text }) => self.uplink.push_upload(topic, text),
             Action::Job(Done::Report(report)) => {
                 let content = &report.content;
                 self.uplink.push_effect(report.key, report.operation, report.resource, content);
@@ -615,6 +654,7 @@ impl Agent {
     fn next_outgoing(&mut self) -> Option<Outgoing> {
         let store = &self.store;
         let message = self.uplink.poll_transmit(now(), |seq| store.read_outbox(seq));
+        let message = message.or_else(|| self.twin_up.pop_front());
         let message = message.or_else(|| self.api.poll_transmit(now()))?;
         tracing::debug!(
             msg_id = message.header.msg_id,
@@ -641,7 +681,7 @@ impl Agent {
         );
         if !message.header.parent_msg_id.is_empty() {
             if !self.uplink.handle_reply(now(), message) && !self.api.handle_reply(now(), message) {
-                tracing::debug!(resource = route.resource, "a reply that nobody waits for");
+                self.tell_twin(TwinEvent::Reply(Box::new(message.clone()))).await;
             }
             return Ok(());
         }
@@ -737,7 +777,15 @@ impl Agent {
                 let kind = match kind.as_str() {
                     "secret" => ObjectKind::Secret,
                     "configmap" => ObjectKind::ConfigMap,
-                    _ => return, // stored for parts that are still to come
+                    "device" | "devicemodel" => {
+                        if let Ok(path) = ResourcePath::new(&namespace, &kind, &name) {
+                            let text = self.store.read(&path.to_string());
+                            let object = text.and_then(|text| serde_json::from_str(&text).ok());
+                            self.tell_twin(TwinEvent::Object(path, object)).await;
+                        }
+                        return;
+                    }
+                    _ => return, // nobody here acts on it
                 };
                 self.engine.objects_changed(kind, &namespace, &name).await;
             }
@@ -751,6 +799,14 @@ impl Agent {
                 });
             }
             Effect::OwnNodeGone => self.uplink.handle_own_node_gone(),
+            Effect::HandOn(message) if message.route.group == "twin" => {
+                self.tell_twin(TwinEvent::Hub(message)).await;
+            }
+            Effect::HandOn(message)
+                if self.config.bus.is_some() && message.route.source == EVENT_ROUTER =>
+            {
+                self.tell_twin(TwinEvent::Bus(message)).await;
+            }
             Effect::HandOn(message) => {
                 if let Some(answer) = self.jobs.take(&message) {
                     self.uplink.acknowledge(answer);
@@ -801,6 +857,8 @@ impl Agent {
                 self.meta.link_lost();
                 self.uplink.handle_disconnected(now());
                 self.api.handle_disconnected(now());
+                self.twin_up.clear();
+                self.tell_twin(TwinEvent::Disconnected).await;
             }
         }
         Ok(())
@@ -949,6 +1007,11 @@ impl Agent {
             message: message.into(),
         };
         self.uplink.push_event(now(), report);
+    }
+
+    /// The twin takes events faster than a link brings them; when it has ended, the agent is about to.
+    async fn tell_twin(&self, event: TwinEvent) {
+        let _ = self.twin.send(event).await;
     }
 
     fn holds(&self, key: &PodKey) -> bool {

@@ -2,8 +2,10 @@
 //!
 //! KubeEdge's own `edgecore.yaml` is read as it is; see [`kubeedge`].
 
+use crate::bus::BusConfig;
 use crate::kubeedge;
 use serde_json::{Map, Value};
+use skerry_edge_core::twin::REPORT_INTERVAL;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -15,7 +17,7 @@ use std::time::Duration;
 pub const PROJECT_ID: &str = "e632aba927ea4ac2b575ec1603d56f10";
 
 /// Every key, with what it is; the reference for people.
-pub const KEYS: [(&str, &str); 20] = [
+pub const KEYS: [(&str, &str); 23] = [
     ("nodeName", "name of the Node, unique in the cluster (required)"),
     ("hub", "address of the hub, `wss://host:10000`, or a list that is tried in turn (required)"),
     (
@@ -53,7 +55,22 @@ pub const KEYS: [(&str, &str); 20] = [
         "metaServer",
         "loopback address of the node's own Kubernetes API, `127.0.0.1:10550` in KubeEdge; none without it",
     ),
+    (
+        "mqtt",
+        "broker of the node for devices and rules: `server` (`tcp://127.0.0.1:1883`), and where needed `username`, \
+         `password`, `subscriber`, `publisher` (names of the two connections) and `cleanSession`; none without it",
+    ),
+    ("dmiSocket", "Unix socket for mappers, `/etc/kubeedge/dmi.sock` in KubeEdge; none without it"),
+    (
+        "reportInterval",
+        "seconds between two reports about a device to the hub, 1 to 3600, 10 by default",
+    ),
 ];
+
+/// What the file may say, in seconds.
+const REPORT_RANGE_S: RangeInclusive<u64> = 1..=3600;
+/// Usual port of MQTT brokers.
+const MQTT_PORT: u16 = 1883;
 
 /// Usual port of HTTP proxies.
 const PROXY_PORT: u16 = 3128;
@@ -105,6 +122,12 @@ pub struct Config {
     pub resolv_conf: Option<PathBuf>,
     /// Where the node's own API listens, if it does.
     pub meta_server: Option<SocketAddr>,
+    /// The broker, if there is one.
+    pub bus: Option<BusConfig>,
+    /// Where mappers connect, if they may.
+    pub dmi_socket: Option<PathBuf>,
+    /// Time between two reports about a device.
+    pub report_interval: Duration,
 }
 
 /// A join token, or the file that holds it and is read each time it is needed.
@@ -402,6 +425,24 @@ impl Fields {
             }
             address
         });
+        let bus = self.bus(&node_name);
+        let dmi_socket = self.text("dmiSocket").map(PathBuf::from);
+        if dmi_socket.as_ref().is_some_and(|path| !path.is_absolute()) {
+            self.mistakes.push("dmiSocket is not an absolute path".into());
+        }
+        let report_interval = match self.fields.remove("reportInterval") {
+            None | Some(Value::Null) => REPORT_INTERVAL,
+            Some(value) => match value.as_u64().filter(|s| REPORT_RANGE_S.contains(s)) {
+                Some(seconds) => Duration::from_secs(seconds),
+                None => {
+                    let (least, most) = (REPORT_RANGE_S.start(), REPORT_RANGE_S.end());
+                    self.mistakes.push(format!(
+                        "reportInterval is not a number of seconds, {least} to {most}"
+                    ));
+                    REPORT_INTERVAL
+                }
+            },
+        };
         for key in self.fields.keys() {
             self.mistakes.push(format!("key `{key}` is not known"));
         }
@@ -425,7 +466,54 @@ impl Fields {
             cgroup_root,
             resolv_conf,
             meta_server,
+            bus,
+            dmi_socket,
+            report_interval,
         }
+    }
+
+    fn bus(&mut self, node: &str) -> Option<BusConfig> {
+        let keys = match self.fields.remove("mqtt") {
+            None | Some(Value::Null) => return None,
+            Some(Value::Object(keys)) => keys,
+            Some(_) => {
+                self.mistakes.push("mqtt is not a map of keys".into());
+                return None;
+            }
+        };
+        let mut fields = Fields { fields: keys, mistakes: Vec::new() };
+        let server = fields.text("server");
+        let server = server.unwrap_or_else(|| format!("tcp://127.0.0.1:{MQTT_PORT}"));
+        let plain = server.strip_prefix("mqtt://").map(|rest| format!("tcp://{rest}"));
+        let server = fields.endpoint("server", &plain.unwrap_or(server), "tcp", MQTT_PORT);
+        let login = fields.text("username").filter(|user| !user.is_empty());
+        let password = fields.text("password").unwrap_or_default();
+        let name = |text: Option<String>, role: &str| {
+            text.filter(|name| !name.is_empty())
+                .unwrap_or_else(|| format!("hub-client-{role}-{node}"))
+        };
+        let subscriber = name(fields.text("subscriber"), "sub");
+        let publisher = name(fields.text("publisher"), "pub");
+        if subscriber == publisher {
+            fields
+                .mistakes
+                .push("subscriber and publisher are the same: a broker lets in one".into());
+        }
+        let clean_session = match fields.fields.remove("cleanSession") {
+            None | Some(Value::Null) => false,
+            Some(Value::Bool(clean)) => clean,
+            Some(_) => {
+                fields.mistakes.push("cleanSession is not true or false".into());
+                false
+            }
+        };
+        for key in fields.fields.keys() {
+            fields.mistakes.push(format!("key `{key}` is not known"));
+        }
+        self.mistakes.extend(fields.mistakes.into_iter().map(|mistake| format!("mqtt: {mistake}")));
+        let Endpoint { host, port, .. } = server?;
+        let login = login.map(|user| (user, password));
+        Some(BusConfig { host, port, subscriber, publisher, login, clean_session })
     }
 
     fn text(&mut self, key: &str) -> Option<String> {
@@ -537,13 +625,29 @@ mod tests {
     fn every_known_key_is_taken() {
         let mut text = LEAST.to_owned();
         text += "quic: quic://hub.example\nbeat: 60\ntunnel: wss://[::1]:10004\ntokenFile: /t\npodDir: /p\npodLogDir: /l\nruntimeSocket: unix:///r.sock\n\
-            nodeIP: 10.0.0.2\nlabels: {site: lisbon}\nclusterDNS: [10.0.0.53]\nclusterDomain: x\ncgroupRoot: \"\"\nresolvConf: /r\nmetaServer: 127.0.0.1:10550\nproxy: http://proxy.example\n";
+            nodeIP: 10.0.0.2\nlabels: {site: lisbon}\nclusterDNS: [10.0.0.53]\nclusterDomain: x\ncgroupRoot: \"\"\nresolvConf: /r\nmetaServer: 127.0.0.1:10550\nproxy: http://proxy.example\n\
+            mqtt: {server: \"mqtt://h\", username: u, password: p, cleanSession: true}\ndmiSocket: /d.sock\nreportInterval: 5\n";
         let config = check(&text).expect("all known");
         let quic = Endpoint { host: "hub.example".into(), port: 10001, via: None };
         assert_eq!((config.quic_of(0), config.beat), (Some(quic), Duration::from_secs(60)));
         assert_eq!(config.tunnel.map(|tunnel| tunnel.to_string()), Some("[::1]:10004".into()));
         assert_eq!(config.runtime_socket, Path::new("/r.sock"));
         assert_eq!(config.token, Some(TokenSource::File("/t".into())));
+        let bus = config.bus.expect("given");
+        assert_eq!(
+            (bus.host.as_str(), bus.port, bus.subscriber.as_str()),
+            ("h", 1883, "hub-client-sub-edge1")
+        );
+        assert_eq!((bus.login, bus.clean_session), (Some(("u".into(), "p".into())), true));
+        assert_eq!(config.report_interval, Duration::from_secs(5));
+        let error = check(&format!(
+            "{LEAST}mqtt: {{server: \"ssl://h\", x: 1}}\ndmiSocket: d\nreportInterval: 0\n"
+        ));
+        let error = error.expect_err("four mistakes");
+        assert!(
+            error.contains("4 mistake(s)") && error.contains("mqtt: server: `ssl://h`"),
+            "{error}"
+        );
         for (key, _) in KEYS.iter().filter(|(key, _)| *key != "token") {
             assert!(text.contains(&format!("{key}:")), "{key} is not in this test");
         }

@@ -186,6 +186,16 @@ impl<'a> Reader<'a> {
                 put("metaServer", Some(server.unwrap_or_else(|| META_SERVER.into()).into()));
             }
         }
+        put("mqtt", self.broker());
+        // On unless switched off, in KubeEdge.
+        if self.bool("/modules/deviceTwin/enable") != Some(false) {
+            let directory = self.text("/modules/deviceTwin/dmiSockPath");
+            let socket = directory.map(|path| match path.ends_with(".sock") {
+                true => path,
+                false => format!("{}/dmi.sock", path.trim_end_matches('/')),
+            });
+            put("dmiSocket", Some(socket.unwrap_or_else(|| crate::dmi::SOCKET.into()).into()));
+        }
         let cgroup_root = self.cgroup_root(&kubelet);
         put("cgroupRoot", Some(cgroup_root.into()));
 
@@ -277,13 +287,51 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn warn_about_modules(&mut self) {
+    /// Our key `mqtt`; nothing where there is to be no broker.
+    fn broker(&mut self) -> Option<Value> {
+        const BUS: &str = "/modules/eventBus";
         // On unless switched off, in KubeEdge.
-        for (module, what) in [("eventBus", "MQTT"), ("deviceTwin", "device twins")] {
-            if self.bool(&format!("/modules/{module}/enable")) != Some(false) {
-                self.warn(&format!("modules.{module}"), &format!("{what} are not served yet"));
+        if self.bool(&format!("{BUS}/enable")) == Some(false) {
+            return None;
+        }
+        let mode = self.value.pointer(&format!("{BUS}/mqttMode")).and_then(Value::as_u64);
+        match mode.unwrap_or(2) {
+            0 => {
+                let why = "this agent has no broker in it; run one at `mqttServerExternal` and set mode 2";
+                self.warn("modules.eventBus.mqttMode", why);
+                return None;
+            }
+            1 => self.warn("modules.eventBus.mqttMode", "only the external broker is used"),
+            2 => {}
+            mode => {
+                self.mistakes.push(format!("modules.eventBus.mqttMode {mode} is not 0, 1 or 2"));
+                return None;
             }
         }
+        if self.bool(&format!("{BUS}/eventBusTLS/enable")) == Some(true) {
+            self.mistakes.push(
+                "modules.eventBus.eventBusTLS.enable is true: connections to brokers with TLS are not offered yet"
+                    .into(),
+            );
+            return None;
+        }
+        let mut keys = Map::new();
+        for (from, to) in [
+            ("mqttServerExternal", "server"),
+            ("mqttUsername", "username"),
+            ("mqttPassword", "password"),
+            ("mqttSubClientID", "subscriber"),
+            ("mqttPubClientID", "publisher"),
+        ] {
+            if let Some(text) = self.text(&format!("{BUS}/{from}")) {
+                keys.insert(to.into(), text.into());
+            }
+        }
+        Some(keys.into())
+    }
+
+    fn warn_about_modules(&mut self) {
+        // On unless switched off, in KubeEdge.
         for (module, what) in [
             ("serviceBus", "no HTTP calls of cloud rules"),
             ("taskManager", "node jobs are refused with that reason"),
@@ -579,16 +627,18 @@ modules:
             )
             .replace(
                 "  eventBus: {enable: false}\n",
-                "  metaManager: {metaServer: {enable: true}}\n",
+                "  metaManager: {metaServer: {enable: true}}\n  eventBus: {mqttMode: 1, mqttServerExternal: 'tcp://b:7'}\n",
             );
         let config = Config::parse(Path::new("edgecore.yaml"), &text).expect("a configuration");
         let local_api = config.meta_server.map(|address| address.to_string());
         assert_eq!(local_api.as_deref(), Some("127.0.0.1:10550"));
+        assert_eq!(config.bus.map(|bus| (bus.host, bus.port)), Some(("b".into(), 7)));
+        assert_eq!(config.dmi_socket, None);
         let warnings = read(&text).expect("a configuration").warnings.join("\n");
         for part in [
             "`modules.edged.tailoredKubeletConfig.maxPods` is not honoured: 30",
             "`modules.edged.tailoredKubeletConfig.evictionHard`",
-            "`modules.eventBus` is not honoured: MQTT",
+            "`modules.eventBus.mqttMode` is not honoured: only the external broker",
         ] {
             assert!(warnings.contains(part), "{part} is not in:\n{warnings}");
         }

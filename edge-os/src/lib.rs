@@ -6,9 +6,11 @@
 pub mod adopt;
 pub mod agent;
 pub mod appliance;
+pub mod bus;
 pub mod config;
 pub mod containerd;
 pub mod cri;
+pub mod dmi;
 pub mod enrol;
 pub mod jobs;
 pub mod kubeedge;
@@ -23,3 +25,5 @@ pub mod preload;
 pub mod qualification;
 pub mod tls;
 pub mod tunnel;
+mod twin;
+mod twin_store;

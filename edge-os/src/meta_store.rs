@@ -9,11 +9,12 @@
 //!
 //! The agent is the only caller.
 
-use crate::outbox_store;
+use crate::{outbox_store, twin_store};
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params};
 use skerry_edge_core::meta::{Row, TOMBSTONES_MAX, Tombstone, Write};
 use skerry_edge_core::outbox;
 use skerry_edge_core::pods::backoff::RestartRecord;
+use skerry_edge_core::twin;
 use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -25,7 +26,7 @@ use tokio::sync::oneshot;
 /// Version of the tables; [`MIGRATIONS`] leads to it.
 const SCHEMA_VERSION: usize = MIGRATIONS.len();
 /// Step `n` leads from version `n` to `n + 1`.
-const MIGRATIONS: [&str; 3] = [
+const MIGRATIONS: [&str; 4] = [
     "
     CREATE TABLE objects (key TEXT PRIMARY KEY, type TEXT NOT NULL, uid TEXT NOT NULL, rv TEXT NOT NULL,
         json TEXT NOT NULL) WITHOUT ROWID;
@@ -38,6 +39,7 @@ const MIGRATIONS: [&str; 3] = [
     CREATE TABLE taken_over (container TEXT PRIMARY KEY, hash TEXT NOT NULL) WITHOUT ROWID;
     ",
     outbox_store::TABLE,
+    twin_store::TABLES,
 ];
 /// Memory that SQLite may use for pages, per connection.
 const CACHE_KIB: u32 = 256;
@@ -167,6 +169,8 @@ enum Change {
     Restart(RestartRecord),
     ForgetRestarts(String),
     Outbox(Vec<outbox::Change>),
+    Twins(Vec<twin::Write>),
+    Follow { topic: String, wanted: bool },
 }
 
 struct Job {
@@ -264,6 +268,44 @@ impl Store {
     /// [`WriteError`]; nothing is changed then.
     pub async fn write_outbox(&self, changes: Vec<outbox::Change>) -> Result<(), WriteError> {
         self.change(Change::Outbox(changes)).await
+    }
+
+    /// Makes changes of devices and mappers durable, all or none.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError`]; nothing is changed then.
+    pub async fn write_twins(&self, changes: Vec<twin::Write>) -> Result<(), WriteError> {
+        self.change(Change::Twins(changes)).await
+    }
+
+    /// Remembers whether a rule of the cloud wants a topic of the broker.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError`]; nothing is changed then.
+    pub async fn write_followed(&self, topic: String, wanted: bool) -> Result<(), WriteError> {
+        self.change(Change::Follow { topic, wanted }).await
+    }
+
+    /// Returns what is kept of devices and mappers. Nothing, when it cannot be read.
+    pub fn read_twins(&self) -> twin::Kept {
+        let reader = self.reader.lock().expect("a read does not panic");
+        let reader = reader.as_ref().expect("present until drop");
+        twin_store::read_all(reader).unwrap_or_else(|error| {
+            tracing::error!(%error, "could not read devices from the database");
+            twin::Kept::default()
+        })
+    }
+
+    /// Returns the topics that rules of the cloud want.
+    pub fn read_followed(&self) -> Vec<String> {
+        let reader = self.reader.lock().expect("a read does not panic");
+        let reader = reader.as_ref().expect("present until drop");
+        twin_store::followed(reader).unwrap_or_else(|error| {
+            tracing::error!(%error, "could not read followed topics from the database");
+            Vec::new()
+        })
     }
 
     /// Returns the content of one row of the outbox. An unreadable row counts as none.
@@ -529,6 +571,10 @@ fn apply<'a>(
             Change::Outbox(changes) => {
                 changes.iter().try_for_each(|change| outbox_store::apply(&transaction, change))?;
             }
+            Change::Twins(changes) => {
+                changes.iter().try_for_each(|change| twin_store::apply(&transaction, change))?;
+            }
+            Change::Follow { topic, wanted } => twin_store::follow(&transaction, topic, *wanted)?,
         }
     }
     transaction.commit()

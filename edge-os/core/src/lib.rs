@@ -14,6 +14,7 @@ pub mod node;
 pub mod outbox;
 pub mod pods;
 pub mod status;
+pub mod twin;
 pub mod uplink;
 
 /// The instant of a call: one clock for intervals, one for what other machines read.

@@ -112,6 +112,9 @@ pub struct Uplink {
     digest_due: Option<Instant>,
     keepalive: Instant,
     outputs: VecDeque<Output>,
+    /// Number of the last upload of this run, and which run that is.
+    last_upload: u64,
+    uploads_of: u64,
     random: Random,
 }
 
@@ -189,6 +192,8 @@ impl Uplink {
             keepalive: now.mono,
             outputs: VecDeque::new(),
             node,
+            last_upload: 0,
+            uploads_of: random.next_u64(),
             random,
         }
     }
@@ -334,6 +339,16 @@ impl Uplink {
     ) {
         let content = content.to_string().into();
         self.outbox.put(Item { key, kind: Kind::Effect, operation, resource, content });
+    }
+
+    /// Takes data of an application for a rule of the cloud. The oldest are dropped when too much waits, as with events.
+    pub fn push_upload(&mut self, topic: String, text: String) {
+        self.last_upload += 1;
+        // Unlike those of the last run, which may still wait.
+        let key = format!("upload/{:x}/{}", self.uploads_of, self.last_upload);
+        let content = Value::from(text).to_string().into();
+        let operation = Operation::Upload;
+        self.outbox.put(Item { key, kind: Kind::Event, operation, resource: topic, content });
     }
 
     /// Returns what the database must have before it may be sent, to be written in one transaction; then
@@ -605,6 +620,10 @@ impl Uplink {
                 continue;
             };
             let mut message = request(now, due.operation, due.resource, &*content);
+            if due.operation == Operation::Upload {
+                message.route.source = skerry_protocol::bus::EVENT_BUS.into();
+                message.route.group = skerry_protocol::bus::GROUP.into();
+            }
             use Operation::{Prepull, UpdateNodeActionStatus, Upgrade};
             if matches!(due.operation, UpdateNodeActionStatus | Prepull | Upgrade) {
                 message.route.source = skerry_protocol::job::REPORT_SOURCE.into();
