@@ -59,6 +59,7 @@ pub(crate) struct Upstream {
     jobs: Jobs,
     applications: Applications,
     router: Option<Router>,
+    devices: device::Devices,
 }
 
 /// What came of a request.
@@ -105,7 +106,8 @@ impl Upstream {
         applications: Applications,
         settings: Settings,
     ) -> Self {
-        Self { client, hub, settings, jobs, applications, router: None }
+        let devices = device::Devices::new(client.clone(), hub.clone());
+        Self { client, hub, settings, jobs, applications, router: None, devices }
     }
 
     /// The same, with a router for data of applications.

@@ -2,9 +2,11 @@
 //!
 //! ConfigMaps and Secrets are watched only once the pods have been listed: then most of what the pods refer to comes
 //! with the list, and the rest is never kept. Kinds that are not built into Kubernetes are watched while the cluster
-//! has them: one that it lacks is looked for every minute, and the hub does not judge what nodes hold of it meanwhile.
+//! has them: one that it lacks is looked for every minute, and the hub does not judge what nodes hold of it meanwhile. The
+//! kinds of devices are defined where they are not there at the first look.
 
 use crate::api;
+use crate::definitions;
 use crate::hub::Hub;
 use futures::StreamExt;
 use kube::api::ListParams;
@@ -19,6 +21,8 @@ use tokio_util::task::TaskTracker;
 
 /// Time between two looks for a kind that the cluster lacks.
 pub(crate) const LOOK_INTERVAL: Duration = Duration::from_secs(60);
+/// How long an API is given to serve a kind that was just defined.
+const SERVED_WAIT: Duration = Duration::from_secs(1);
 /// Pause after a look that the API did not answer.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// Looks in vain until a kind that was there counts as removed, and its objects with it. An API that starts may
@@ -90,6 +94,10 @@ impl Watch {
                         self.hub.input(Input::Unavailable(kind)).await;
                     }
                     looks += 1;
+                    // One that somebody took away stays away.
+                    if looks == 1 && !was_there && self.make().await {
+                        continue;
+                    }
                     if looks == LOOKS_MAX && std::mem::take(&mut was_there) {
                         self.hub.input(Input::Listed(kind, BTreeSet::new())).await;
                     }
@@ -99,6 +107,23 @@ impl Watch {
                     tracing::warn!(kind = kind.api_kind(), %error, "could not look for a kind, trying again");
                     tokio::time::sleep(RETRY_INTERVAL).await;
                 }
+            }
+        }
+    }
+
+    /// Makes the definitions of devices in a cluster that lacks them. Returns whether that was worth another look soon.
+    async fn make(&self) -> bool {
+        if !matches!(self.kind, Kind::Device | Kind::DeviceModel) {
+            return false;
+        }
+        match definitions::create(&self.client, skerry_api::kubeedge::devices()).await {
+            Ok(()) => {
+                tokio::time::sleep(SERVED_WAIT).await;
+                true
+            }
+            Err(error) => {
+                tracing::warn!(kind = self.kind.api_kind(), %error, "could not make the definition of a kind");
+                false
             }
         }
     }

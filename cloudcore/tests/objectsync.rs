@@ -290,7 +290,10 @@ async fn define(cluster: &Cluster, kind: &str, plural: &str) {
             "versions": [{"name": "v1beta1", "served": true, "storage": true,
                 "schema": {"openAPIV3Schema": schema}}]}}));
     let definitions = Api::<CustomResourceDefinition>::all(cluster.admin.clone());
-    definitions.create(&PostParams::default(), &definition).await.expect("defined");
+    match definitions.create(&PostParams::default(), &definition).await {
+        Err(kube::Error::Api(status)) if status.code == 409 => {} // CloudCore was faster
+        defined => drop(defined.expect("defined")),
+    }
 }
 
 async fn create(cluster: &Cluster, kind: &str, plural: &str, name: &str, spec: Value) {

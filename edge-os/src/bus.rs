@@ -43,8 +43,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(30);
 const CONNECT_TIMEOUT_S: u64 = 5;
 /// Pauses between tries to connect; KubeEdge's is 5 s.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
-/// Requests that the library holds; the rest waits in [`Queue`].
-const REQUESTS_MAX: usize = 16;
+/// Requests that the library holds: more than messages on the way, so that giving it one never waits.
+const REQUESTS_MAX: usize = 256;
 /// Messages on the way to the broker and not acknowledged by it.
 const INFLIGHT_MAX: u16 = 64;
 
@@ -174,14 +174,39 @@ pub async fn run(
     stop.run_until_cancelled(both).await;
 }
 
+/// What was given to the library and not acknowledged by the broker. The library forgets all of it when the broker has
+/// forgotten the session.
+#[derive(Default)]
+struct Flight {
+    /// Oldest first; brokers acknowledge in order.
+    sent: VecDeque<(String, Vec<u8>)>,
+    /// To be sent again before anything else.
+    again: VecDeque<(String, Vec<u8>)>,
+}
+
 async fn publish(config: &BusConfig, queue: &Queue) {
     let (client, mut events) = connection(config, &config.publisher);
+    let flight = Mutex::<Flight>::default();
+    let lock = || flight.lock().expect("nobody panics with it");
+    let room = Notify::new();
     let send = async {
         loop {
-            let (topic, payload) = queue.pop().await;
-            // Waits while the broker does not take it; the library keeps what is under way through reconnects.
+            while lock().sent.len() >= usize::from(INFLIGHT_MAX) {
+                room.notified().await;
+            }
+            let again = lock().again.pop_front();
+            let (topic, payload) = match again {
+                Some(message) => message,
+                None => tokio::select! {
+                    message = queue.pop() => message,
+                    () = room.notified() => continue,
+                },
+            };
+            lock().sent.push_back((topic.clone(), payload.clone()));
+            // Never waits: the library holds more than may be on the way.
             if let Err(error) = client.publish(&topic, QoS::AtLeastOnce, false, payload).await {
                 tracing::warn!(topic, %error, "a message was not published");
+                lock().sent.pop_back();
                 queue.dropped.fetch_add(1, Ordering::Relaxed);
             }
         }
@@ -189,10 +214,28 @@ async fn publish(config: &BusConfig, queue: &Queue) {
     let poll = async {
         let mut tries = Tries::new(config, "publish");
         loop {
-            match events.poll().await {
-                Ok(event) => tries.handle(&event),
-                Err(error) => tries.failed(&error).await,
+            let event = match events.poll().await {
+                Ok(event) => event,
+                Err(error) => {
+                    tries.failed(&error).await;
+                    continue;
+                }
+            };
+            match &event {
+                Event::Incoming(Packet::PubAck(_)) => {
+                    lock().sent.pop_front();
+                    room.notify_one();
+                }
+                Event::Incoming(Packet::ConnAck(ack)) if !ack.session_present => {
+                    let mut flight = lock();
+                    let mut sent = std::mem::take(&mut flight.sent);
+                    sent.append(&mut flight.again);
+                    flight.again = sent;
+                    room.notify_one();
+                }
+                _ => {}
             }
+            tries.handle(&event);
         }
     };
     tokio::join!(send, poll);

@@ -53,6 +53,15 @@ const MACHINES: &[Need] = &[
     },
 ];
 
+/// The broker that tests of devices run against.
+const BROKER: Need = Need {
+    what: "mosquitto",
+    package: "mosquitto",
+    present: || {
+        ["/usr/sbin/mosquitto", "/usr/bin/mosquitto"].iter().any(|file| Path::new(file).exists())
+    },
+};
+
 const TESTS: &[Need] = &[
     Need { what: "unzip", package: "unzip", present: || sh::find("unzip").is_some() },
     Need { what: "npm", package: "npm", present: || sh::find("npm").is_some() },
@@ -87,6 +96,9 @@ pub(crate) fn run_for(what: For) -> Result<()> {
         // Machines have nodes of their own; this one needs none, but the images for them and the repository.
         needs.retain(|need| ["busybox-static", "git"].contains(&need.package));
         needs.extend(MACHINES);
+    }
+    if what == For::Tests {
+        needs.push(&BROKER);
     }
     if tests && !kubectl_path().exists() {
         needs.extend(TESTS);

@@ -16,6 +16,7 @@ pub mod event;
 pub mod job;
 pub mod node;
 pub mod pod;
+pub mod reports;
 
 /// Whether `text` can be a segment of a path of the API: names are letters, digits and a few signs (`:` in RBAC), and
 /// nothing that has a meaning in a URL.

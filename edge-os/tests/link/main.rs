@@ -3,6 +3,7 @@
 //! There is no container runtime in these tests: the pod engine waits for one, everything else goes on.
 
 mod cloud;
+mod devices;
 mod jobs;
 mod owed;
 mod transports;
@@ -73,6 +74,18 @@ fn stored(dir: &Path, key: &str) -> Option<(String, String)> {
 
 async fn joined(dir: &Path, cloud: &Cloud, capabilities: Option<&'static str>) -> (Node, Session) {
     let node = Node::start(dir, cloud);
+    let session = cloud.accept(capabilities).await;
+    (node, session)
+}
+
+/// `more` are lines of the configuration.
+async fn joined_with(
+    dir: &Path,
+    cloud: &Cloud,
+    capabilities: Option<&'static str>,
+    more: &str,
+) -> (Node, Session) {
+    let node = Node::start_with(dir, cloud, more);
     let session = cloud.accept(capabilities).await;
     (node, session)
 }

@@ -40,15 +40,28 @@ pub fn state_status(content: &Value) -> Option<Value> {
     (!status.is_empty()).then_some(Value::Object(status))
 }
 
+/// Whether a report is about the Device with this uid, as far as it says of which one it is: `<uid>/<run>`.
+pub fn is_about(epoch: &str, uid: &str) -> bool {
+    epoch.split('/').next().is_none_or(|of| of.is_empty() || of == uid)
+}
+
 /// The twins after a report, to replace the list of the DeviceStatus.
 ///
-/// `known` is that list, `properties` is the device's `spec.properties`.
-pub fn merged_twins(properties: &Value, known: &Value, content: &Value) -> Value {
+/// `known` is that list, `properties` is the device's `spec.properties`, `twins` what was reported. With an `epoch`
+/// (`<uid>/<run>`) the number of each value goes into its metadata, and a value with a lower number of the same run is
+/// late and left out.
+pub fn merged_twins(
+    properties: &Value,
+    known: &Value,
+    reported: &Map<String, Value>,
+    epoch: &str,
+) -> Value {
+    let run = epoch.split('/').nth(1).unwrap_or_default();
     let mut twins = known.as_array().cloned().unwrap_or_default();
     let is_property = |name: &str| {
         properties.as_array().into_iter().flatten().any(|property| property["name"] == name)
     };
-    for (name, reported) in content["twin"].as_object().into_iter().flatten() {
+    for (name, reported) in reported {
         if !is_property(name) {
             continue;
         }
@@ -58,9 +71,19 @@ pub fn merged_twins(properties: &Value, known: &Value, content: &Value) -> Value
                 twins.len() - 1
             });
         for (from, to) in [("actual", "reported"), ("expected", "observedDesired")] {
-            if let Some(value) = twin_value(&reported[from], &reported["metadata"]) {
-                twins[index][to] = value;
+            let Some(mut value) = twin_value(&reported[from], &reported["metadata"]) else {
+                continue;
+            };
+            let edge = reported[format!("{from}_version")]["edge"].as_u64();
+            if let Some(edge) = edge.filter(|_| !run.is_empty()) {
+                let held = twins[index][to]["metadata"]["version"].as_str();
+                let held = held.and_then(|held| held.strip_prefix(run)?.strip_prefix('.'));
+                if held.and_then(|held| held.parse::<u64>().ok()).is_some_and(|held| held > edge) {
+                    continue;
+                }
+                value["metadata"]["version"] = format!("{run}.{edge}").into();
             }
+            twins[index][to] = value;
         }
     }
     twins.into()
@@ -117,18 +140,41 @@ mod tests {
             json!({"twin": {"temperature": {"actual": {"value": value, "metadata": {"timestamp": time}},
                 "metadata": {"type": "float"}}, "unknown": {"actual": {"value": "1"}}}})
         };
-        let first = merged_twins(&properties, &Value::Null, &report("5.1", 1));
-        let second = merged_twins(&properties, &first, &report("5.2", 2));
+        let merged = |known: &Value, report: &Value| {
+            merged_twins(&properties, known, report["twin"].as_object().expect("a map"), "")
+        };
+        let first = merged(&Value::Null, &report("5.1", 1));
+        let second = merged(&first, &report("5.2", 2));
         assert_eq!(
             second,
             json!([{"propertyName": "temperature",
                 "reported": {"value": "5.2", "metadata": {"timestamp": "2", "type": "float"}}}])
         );
         let desired = json!({"twin": {"temperature": {"expected": {"value": "4"}}, "limit": {}}});
-        let third = merged_twins(&properties, &second, &desired);
+        let third = merged(&second, &desired);
         assert_eq!(third[0]["observedDesired"], json!({"value": "4", "metadata": {}}));
         assert_eq!(third[0]["reported"]["value"], "5.2");
         assert_eq!(third[1], json!({"propertyName": "limit"}));
+    }
+
+    #[test]
+    fn a_late_value_of_the_same_run_is_left_out_and_another_run_begins_anew() {
+        let properties = json!([{"name": "t"}]);
+        let merged = |known: &Value, edge: u64, epoch: &str| {
+            let twin = json!({"t": {"actual": {"value": edge.to_string()}, "actual_version": {"edge": edge}}});
+            merged_twins(&properties, known, twin.as_object().expect("a map"), epoch)
+        };
+        let first = merged(&Value::Null, 5, "u/aa");
+        assert_eq!(first[0]["reported"]["metadata"]["version"], "aa.5");
+        assert_eq!(merged(&first, 4, "u/aa"), first);
+        assert_eq!(merged(&first, 6, "u/aa")[0]["reported"]["value"], "6");
+        assert_eq!(merged(&first, 1, "u/bb")[0]["reported"]["value"], "1");
+        assert_eq!(
+            merged(&first, 1, "")[0]["reported"]["value"],
+            "1",
+            "KubeEdge's edge says no run"
+        );
+        assert!(is_about("u/aa", "u") && is_about("", "u") && !is_about("v/aa", "u"));
     }
 
     #[test]
