@@ -85,6 +85,7 @@ pub(crate) struct Parts {
 pub(crate) async fn run(parts: Parts, stop: CancellationToken) {
     let Parts { node, store, events, up, bus, socket, interval } = parts;
     let twin = Twin::restore(&node, store.read_twins(), interval);
+    let twin = if bus.is_some() { twin } else { twin.without_broker() };
     let mut tasks = JoinSet::new();
     let queue = bus.is_some().then(Arc::<Queue>::default);
     let followed: BTreeSet<String> = store.read_followed().into_iter().collect();

@@ -59,7 +59,7 @@ impl Upstream {
         match self.devices.take(&id, write) {
             Taken::Now(write) => {
                 let done = self.devices.write(&id, &write).await;
-                self.devices.written(&id);
+                self.devices.written(&id, done.is_ok());
                 outcome(node, name, request, &done)
             }
             Taken::At(at) => {
@@ -135,8 +135,8 @@ impl Devices {
         self.0.reports.lock().expect("never held over a panic").take(Instant::now(), id, write)
     }
 
-    fn written(&self, id: &str) {
-        self.0.reports.lock().expect("never held over a panic").written(id);
+    fn written(&self, id: &str, done: bool) {
+        self.0.reports.lock().expect("never held over a panic").written(id, done);
     }
 
     /// Waits until what waits for a device may be written, writes it, and answers everybody whose report is in it. A
@@ -162,7 +162,7 @@ impl Devices {
             pause *= 2;
             done = self.write(id, &write).await;
         }
-        self.written(id);
+        self.written(id, done.is_ok());
         for request in &write.requests {
             let message = reply(&write.node, id, request, &done);
             if done.is_ok() {

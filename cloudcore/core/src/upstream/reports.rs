@@ -96,10 +96,13 @@ impl Reports {
         Some(Ok(write))
     }
 
-    /// The write has ended.
-    pub fn written(&mut self, id: &str) {
+    /// The write has ended. One that was refused does not make the next report wait.
+    pub fn written(&mut self, id: &str, done: bool) {
         if let Some(device) = self.devices.get_mut(id) {
             device.writing = false;
+            if !done {
+                device.last = None;
+            }
         }
     }
 
@@ -191,7 +194,7 @@ mod tests {
                 match reports.due(now, "a/d") {
                     Some(Ok(write)) => {
                         writes.push((now, write));
-                        reports.written("a/d");
+                        reports.written("a/d", true);
                         due = None;
                     }
                     Some(Err(at)) => due = Some(at),
@@ -201,7 +204,7 @@ mod tests {
             match reports.take(now, "a/d", report("n", actual(tick))) {
                 Taken::Now(write) => {
                     writes.push((now, write));
-                    reports.written("a/d");
+                    reports.written("a/d", true);
                 }
                 Taken::At(at) => due = Some(at),
                 Taken::Joined => {}
@@ -234,7 +237,7 @@ mod tests {
         assert!(matches!(reports.take(now, "a/d", report("n", expected)), Taken::Joined));
         let state = Write { state: Some(json!({"state": "ok"})), ..report("n", json!({})) };
         assert!(matches!(reports.take(now, "a/d", state), Taken::Joined));
-        reports.written("a/d");
+        reports.written("a/d", true);
         assert!(matches!(reports.due(now, "a/d"), Some(Err(_))));
         let write = reports.due(now + WRITE_INTERVAL, "a/d").expect("waits").expect("due");
         assert_eq!(write.twins["t"], json!({"actual": {"value": "2"}, "expected": {"value": "5"}}));
@@ -247,9 +250,19 @@ mod tests {
             reports.take(now + WRITE_INTERVAL, "a/d", report("m", actual(4))),
             Taken::Joined
         ));
-        reports.written("a/d");
+        reports.written("a/d", true);
         let write = reports.due(now + WRITE_INTERVAL * 2, "a/d").expect("waits").expect("due");
         assert_eq!((write.node.as_str(), write.requests.len()), ("m", 1));
+    }
+
+    #[test]
+    fn a_refused_write_does_not_make_the_next_report_wait() {
+        let now = Instant::now();
+        let mut reports = Reports::default();
+        for _ in 0..3 {
+            assert!(matches!(reports.take(now, "a/d", report("n", actual(1))), Taken::Now(_)));
+            reports.written("a/d", false);
+        }
     }
 
     #[test]
@@ -260,7 +273,7 @@ mod tests {
             let now = start + Duration::from_millis(100) * number;
             let id = format!("a/{number}");
             assert!(matches!(reports.take(now, &id, report("n", actual(1))), Taken::Now(_)));
-            reports.written(&id);
+            reports.written(&id, true);
         }
         assert!(reports.len() < 800, "{}", reports.len());
     }

@@ -87,7 +87,7 @@ impl Twin {
         let Applied { result, document } =
             device.row.twins.apply(origin, changes, now.unix_ms())?;
         // Nobody waits for the answer to a mapper's report; KubeEdge gives one for what it took.
-        if origin == Origin::Client || !document.is_empty() {
+        if self.has_broker && (origin == Origin::Client || !document.is_empty()) {
             let answer = payload::twin_result(base, now.unix_ms(), result);
             self.publish(place, "twin/update/result", &answer, Weight::Each);
         }
@@ -100,9 +100,11 @@ impl Twin {
                 .values()
                 .any(|change| change.as_ref().is_none_or(|change| change.expected.is_some()));
         self.changed(now, id, if wants { Duration::ZERO } else { super::PERSIST_DELAY });
-        let document = payload::twin_result(base, now.unix_ms(), document);
-        self.publish(place, "twin/update/document", &document, Weight::Each);
-        self.publish_delta(now, id, place);
+        if self.has_broker {
+            let document = payload::twin_result(base, now.unix_ms(), document);
+            self.publish(place, "twin/update/document", &document, Weight::Each);
+            self.publish_delta(now, id, place);
+        }
         self.want_report(now, id, REPORT_DELAY);
         Ok(())
     }

@@ -258,6 +258,8 @@ pub struct Twin {
     /// What the last [`Self::take_changes`] returned.
     writing: Option<Vec<Write>>,
     store_at: Option<Instant>,
+    /// Somebody may listen on a broker.
+    has_broker: bool,
     /// Asks the cloud which devices this node has.
     ask_membership: bool,
     outputs: VecDeque<Output>,
@@ -280,9 +282,16 @@ impl Twin {
             removed: BTreeSet::new(),
             writing: None,
             store_at: None,
+            has_broker: true,
             ask_membership: false,
             outputs: VecDeque::new(),
         }
+    }
+
+    /// The same for a node without a broker: nothing is made to be published.
+    #[must_use]
+    pub fn without_broker(self) -> Self {
+        Self { has_broker: false, ..self }
     }
 
     /// Number of devices.
@@ -637,6 +646,9 @@ impl Twin {
     }
 
     fn publish(&mut self, device: &str, verb: &str, payload: &Value, weight: Weight) {
+        if !self.has_broker {
+            return;
+        }
         let topic = format!("{}/{device}/{verb}", topic::DEVICES);
         let payload = payload.to_string().into_bytes();
         self.outputs.push_back(Output::Publish { topic, payload, weight });

@@ -267,7 +267,7 @@ impl Twin {
     }
 
     pub(super) fn publish_document(&mut self, now: Now, id: &Id, document: Map<String, Value>) {
-        if document.is_empty() {
+        if document.is_empty() || !self.has_broker {
             return;
         }
         let event_id = uuid::Uuid::new_v4().to_string();
@@ -279,7 +279,8 @@ impl Twin {
 
     /// `place` is how the topic names the device.
     pub(super) fn publish_delta(&mut self, now: Now, id: &Id, place: &str) {
-        let delta = self.devices.get(id).and_then(|device| device.row.twins.delta());
+        let device = self.devices.get(id).filter(|_| self.has_broker);
+        let delta = device.and_then(|device| device.row.twins.delta());
         if let Some(delta) = delta {
             let event_id = uuid::Uuid::new_v4().to_string();
             let delta = payload::delta(&event_id, now.unix_ms(), delta);
@@ -288,6 +289,9 @@ impl Twin {
     }
 
     fn publish_membership(&mut self, now: Now, id: &Id, added: bool) {
+        if !self.has_broker {
+            return;
+        }
         let mut device = json!({"id": &**id, "name": id.split('/').next_back()});
         if let Some(known) = self.devices.get(id)
             && !known.row.description.is_empty()
