@@ -109,7 +109,8 @@ impl Device {
                 let model = &model.name;
                 notes.push(format!("model `{model}` has no property `{}`", property.name));
             }
-            let parsed = Property::parse(property, declared.cloned().unwrap_or_default(), &mut notes);
+            let parsed =
+                Property::parse(property, declared.cloned().unwrap_or_default(), &mut notes);
             properties.extend(parsed);
         }
         let status = device.status.clone().unwrap_or_default();
@@ -175,7 +176,10 @@ impl Property {
             kind,
             writable: declared.access_mode.eq_ignore_ascii_case("ReadWrite"),
             range,
-            desired: property.desired.map(|desired| desired.value).filter(|value| !value.is_empty()),
+            desired: property
+                .desired
+                .map(|desired| desired.value)
+                .filter(|value| !value.is_empty()),
             collect,
             report: report.max(collect),
             to_cloud: property.report_to_cloud,
@@ -240,8 +244,11 @@ mod tests {
             maximum: "10".to_owned(),
             ..Default::default()
         };
-        let properties =
-            vec![property("t", "FLOAT", "ReadOnly"), property("set", "INT", "ReadWrite"), property("cam", "STREAM", "ReadOnly")];
+        let properties = vec![
+            property("t", "FLOAT", "ReadOnly"),
+            property("set", "INT", "ReadWrite"),
+            property("cam", "STREAM", "ReadOnly"),
+        ];
         dmi::DeviceModel {
             name: "fridge".to_owned(),
             spec: Some(dmi::DeviceModelSpec { properties }),
@@ -262,7 +269,8 @@ mod tests {
             properties: vec![property("t"), property("t"), property("cam"), property("other")],
             ..Default::default()
         };
-        let device = Device::parse(&dmi::Device { spec: Some(spec), ..Default::default() }, &model());
+        let device =
+            Device::parse(&dmi::Device { spec: Some(spec), ..Default::default() }, &model());
         let names: Vec<_> = device.properties.iter().map(|p| (p.name.as_str(), p.kind)).collect();
         assert_eq!(names, [("t", Kind::Float), ("other", Kind::Text)]);
         assert_eq!(
@@ -279,9 +287,17 @@ mod tests {
     fn cycles_have_a_default_and_a_floor_and_reports_are_never_more_frequent_than_reads() {
         let mut notes = Vec::new();
         let mut check = |collect, report, expected: (u64, u64)| {
-            let message = dmi::DeviceProperty { collect_cycle: collect, report_cycle: report, ..property("t") };
-            let parsed = Property::parse(message, dmi::ModelProperty::default(), &mut notes).expect("no stream");
-            assert_eq!((parsed.collect.as_millis() as u64, parsed.report.as_millis() as u64), expected);
+            let message = dmi::DeviceProperty {
+                collect_cycle: collect,
+                report_cycle: report,
+                ..property("t")
+            };
+            let parsed = Property::parse(message, dmi::ModelProperty::default(), &mut notes)
+                .expect("no stream");
+            assert_eq!(
+                (parsed.collect.as_millis() as u64, parsed.report.as_millis() as u64),
+                expected
+            );
         };
         check(0, 0, (1000, 1000));
         check(-5, 0, (1000, 1000));
@@ -293,7 +309,8 @@ mod tests {
     #[test]
     fn a_desired_value_has_to_fit_type_and_range() {
         let spec = dmi::DeviceSpec { properties: vec![property("set")], ..Default::default() };
-        let device = Device::parse(&dmi::Device { spec: Some(spec), ..Default::default() }, &model());
+        let device =
+            Device::parse(&dmi::Device { spec: Some(spec), ..Default::default() }, &model());
         let set = device.property("set").expect("the property");
         assert!(set.writable);
         assert_eq!(set.desired_value("7"), Ok(Value::Integer(7)));
@@ -305,11 +322,16 @@ mod tests {
     fn only_what_a_driver_sees_asks_for_a_new_driver() {
         let with = |desired: &str, register: i64| {
             let visitors = dmi::VisitorConfig {
-                config_data: Some(skerry_dmi::box_map(json!({"register": register}).as_object().expect("a map"))),
+                config_data: Some(skerry_dmi::box_map(
+                    json!({"register": register}).as_object().expect("a map"),
+                )),
                 ..Default::default()
             };
             let property = dmi::DeviceProperty {
-                desired: Some(dmi::TwinProperty { value: desired.to_owned(), ..Default::default() }),
+                desired: Some(dmi::TwinProperty {
+                    value: desired.to_owned(),
+                    ..Default::default()
+                }),
                 visitors: Some(visitors),
                 ..property("set")
             };

@@ -112,7 +112,8 @@ mod tests {
 
     #[test]
     fn numbers_may_be_text_and_text_may_be_numbers() {
-        let settings = settings(serde_json::json!({"port": "502", "slave": 3, "on": true, "none": null}));
+        let settings =
+            settings(serde_json::json!({"port": "502", "slave": 3, "on": true, "none": null}));
         assert_eq!(settings.parsed::<u16>("port", "port"), Ok(Some(502)));
         assert_eq!(settings.parsed::<u8>("slave", "number"), Ok(Some(3)));
         assert_eq!(settings.parsed::<bool>("on", "switch"), Ok(Some(true)));

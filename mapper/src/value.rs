@@ -92,7 +92,8 @@ impl Value {
     ///
     /// [`ValueError`] if the text is none of `kind`; floats have to be finite.
     pub fn parse(kind: Kind, text: &str) -> Result<Self, ValueError> {
-        let wrong = || ValueError { text: text.chars().take(SHOWN_MAX).collect(), wanted: kind.word() };
+        let wrong =
+            || ValueError { text: text.chars().take(SHOWN_MAX).collect(), wanted: kind.word() };
         match kind {
             Kind::Int => text.trim().parse().map(Self::Integer).map_err(|_| wrong()),
             Kind::Float | Kind::Double => {

@@ -1,0 +1,116 @@
+//! `GET /healthz` and `GET /metrics` on loopback, in the text format that Prometheus reads.
+//!
+//! Started by the runtime if the configuration names an address. Never writes anything, and says
+//! nothing of a device but numbers.
+
+use std::convert::Infallible;
+use std::fmt::Write;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use http_body_util::Full;
+use hyper::body::Bytes;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::core::Counts;
+
+/// Most scrapers at a time.
+const CONNECTIONS_MAX: usize = 8;
+/// Longest time for a request's head.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+
+pub(crate) async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    TcpListener::bind(address).await
+}
+
+/// Serves until it is dropped.
+pub(crate) async fn serve(listener: TcpListener, counts: watch::Receiver<Counts>) {
+    let mut connections = JoinSet::new();
+    loop {
+        while connections.len() >= CONNECTIONS_MAX {
+            connections.join_next().await;
+        }
+        let Ok((stream, _)) = listener.accept().await else {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            continue;
+        };
+        let counts = counts.clone();
+        connections.spawn(async move {
+            let answer = service_fn(move |request| {
+                let answer = answer(&request, *counts.borrow());
+                async move { Ok::<_, Infallible>(answer) }
+            });
+            let _ = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEAD_TIMEOUT)
+                .keep_alive(false)
+                .serve_connection(TokioIo::new(stream), answer)
+                .await;
+        });
+    }
+}
+
+fn answer<B>(request: &Request<B>, counts: Counts) -> Response<Full<Bytes>> {
+    let (status, text) = match (request.method(), request.uri().path()) {
+        (&Method::GET, "/healthz") => (StatusCode::OK, "ok\n".to_owned()),
+        (&Method::GET, "/metrics") => (StatusCode::OK, page(counts)),
+        _ => (StatusCode::NOT_FOUND, "there is /healthz and /metrics\n".to_owned()),
+    };
+    let mut response = Response::new(Full::new(text.into()));
+    *response.status_mut() = status;
+    response
+}
+
+fn page(counts: Counts) -> String {
+    let rows: [(&str, &str, &str, u64); 10] = [
+        ("devices", "gauge", "Devices served.", counts.devices as u64),
+        ("devices_online", "gauge", "Devices whose state is online.", counts.online as u64),
+        ("reads_total", "counter", "Values read or pushed.", counts.reads),
+        ("read_errors_total", "counter", "Reads that gave no value.", counts.read_errors),
+        ("writes_total", "counter", "Desired values written.", counts.writes),
+        ("write_errors_total", "counter", "Writes that failed.", counts.write_errors),
+        ("reported_total", "counter", "Values that EdgeCore took.", counts.reported),
+        (
+            "report_errors_total",
+            "counter",
+            "Reports that EdgeCore did not take.",
+            counts.report_errors,
+        ),
+        (
+            "replaced_total",
+            "counter",
+            "Values replaced before they were reported.",
+            counts.replaced,
+        ),
+        ("refused_total", "counter", "Devices refused for want of room.", counts.refused),
+    ];
+    let mut text = String::new();
+    for (name, kind, help, value) in rows {
+        let _ = writeln!(
+            text,
+            "# HELP skerry_mapper_{name} {help}\n# TYPE skerry_mapper_{name} {kind}\nskerry_mapper_{name} {value}"
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_has_every_number_and_unknown_paths_are_not_found() {
+        let counts = Counts { devices: 3, reported: 17, ..Counts::default() };
+        let text = page(counts);
+        assert!(text.contains("\nskerry_mapper_devices 3\n"), "{text}");
+        assert!(text.contains("\nskerry_mapper_reported_total 17\n"), "{text}");
+        let request = Request::post("/metrics").body(()).expect("a request");
+        assert_eq!(answer(&request, counts).status(), StatusCode::NOT_FOUND);
+    }
+}
