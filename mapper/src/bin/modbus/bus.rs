@@ -39,6 +39,8 @@ pub(crate) struct Station {
 pub(crate) enum Fault {
     /// The device said no.
     Refused(ExceptionCode),
+    /// A gateway says that the device behind it does not answer.
+    Unreachable(ExceptionCode),
     /// No answer in time.
     Silent(Duration),
     /// The connection broke, or what came was no answer to the request.
@@ -49,6 +51,7 @@ impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Refused(code) => write!(f, "the device refuses: {code}"),
+            Self::Unreachable(code) => write!(f, "the gateway does not reach it: {code}"),
             Self::Silent(after) => write!(f, "no answer in {} ms", after.as_millis()),
             Self::Broken(error) => write!(f, "the connection broke: {error}"),
         }
@@ -166,6 +169,9 @@ impl Bus {
     ) -> Result<T, Fault> {
         let fault = match answer {
             Ok(Ok(Ok(value))) => return Ok(value),
+            Ok(Ok(Err(
+                code @ (ExceptionCode::GatewayPathUnavailable | ExceptionCode::GatewayTargetDevice),
+            ))) => return Err(Fault::Unreachable(code)),
             Ok(Ok(Err(code))) => return Err(Fault::Refused(code)),
             Ok(Err(tokio_modbus::Error::Transport(error))) => Fault::Broken(error),
             Ok(Err(tokio_modbus::Error::Protocol(error))) => {
