@@ -8,7 +8,7 @@ use kube::core::GroupVersionKind;
 use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
 use skerry_api::fleet::v1alpha1::{APP_LABEL, MANAGED_BY, MANAGED_BY_LABEL, SITE_LABEL};
-use skerry_reconciler_core::{ObjectId, ReleaseKey};
+use skerry_reconciler_core::{ObjectId, ReleaseKey, has_wishes, keep_wishes};
 use std::collections::HashMap;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -20,6 +20,9 @@ pub(crate) const NODE_MANAGER: &str = "skerry-nodes";
 
 /// An API server that does not answer a request in this time counts as unreachable.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often a Device is applied while others change it at the same time.
+const WISHES_TRIES: u32 = 5;
 
 /// Why the API did not do what was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -46,6 +49,13 @@ impl ClusterError {
             Self::UnknownKind { .. } => "UnknownKind",
             Self::ClusterScoped { .. } => "ClusterScoped",
             Self::Unreachable(_) => "Unreachable",
+        }
+    }
+
+    fn reason_of_api(&self) -> Option<&str> {
+        match self {
+            Self::Rejected { reason, .. } => Some(reason),
+            _ => None,
         }
     }
 
@@ -164,8 +174,35 @@ impl Cluster {
         }
     }
 
-    /// Server-side apply, forced: the repository is the owner of what it says.
+    /// Server-side apply, forced: the repository is the owner of what it says. Of a Device, what somebody else desires
+    /// of its properties is kept.
     pub(crate) async fn apply(
+        &self,
+        id: &ObjectId,
+        value: &Value,
+        dry_run: bool,
+    ) -> Result<DynamicObject, ClusterError> {
+        if !has_wishes(id) {
+            return self.apply_as_it_is(id, value, dry_run).await;
+        }
+        let api_version = value["apiVersion"].as_str().unwrap_or_default();
+        let mut tries = WISHES_TRIES;
+        loop {
+            let mut kept = value.clone();
+            if let Some(live) = self.get(api_version, id).await? {
+                // With the version, a wish that comes between the look and the apply is not lost.
+                kept["metadata"]["resourceVersion"] = json!(live.resource_version());
+                keep_wishes(&mut kept, &live.data);
+            }
+            tries -= 1;
+            match self.apply_as_it_is(id, &kept, dry_run).await {
+                Err(error) if error.reason_of_api() == Some("Conflict") && tries > 0 => {}
+                result => return result,
+            }
+        }
+    }
+
+    async fn apply_as_it_is(
         &self,
         id: &ObjectId,
         value: &Value,

@@ -3,7 +3,9 @@
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Event, Namespace, Node};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{
+    Api, ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams,
+};
 use kube::{Client, ResourceExt};
 use serde_json::json;
 use skerry_api::fleet::v1alpha1::{
@@ -756,5 +758,100 @@ async fn a_site_with_auto_gets_the_best_network_of_its_nodes_and_own_profiles_ar
     assert!(
         problems.iter().any(|p| p.message.contains("`line-4`") && p.site.as_deref() == Some("a"))
     );
+    world.end().await;
+}
+
+/// The API of KubeEdge's devices in a site.
+async fn devices(world: &World, site: &str, kind: &str, plural: &str) -> Api<DynamicObject> {
+    let resource = ApiResource {
+        group: "devices.kubeedge.io".to_owned(),
+        version: "v1beta1".to_owned(),
+        api_version: "devices.kubeedge.io/v1beta1".to_owned(),
+        kind: kind.to_owned(),
+        plural: plural.to_owned(),
+    };
+    Api::namespaced_with(world.client.clone(), &format!("site-{site}"), &resource)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn devices_of_a_site_follow_the_repository_and_keep_what_people_desire() {
+    let world = World::new().await;
+    let definitions: Api<CustomResourceDefinition> = Api::all(world.client.clone());
+    for definition in skerry_api::crds().into_iter().chain(skerry_api::kubeedge::crds()) {
+        if definition["spec"]["group"] != "devices.kubeedge.io" {
+            continue;
+        }
+        let name = definition["metadata"]["name"].as_str().unwrap().to_owned();
+        let apply = PatchParams::apply("test").force();
+        definitions.patch(&name, &apply, &Patch::Apply(definition)).await.unwrap();
+    }
+    world.small_fleet();
+    world.site("a", "{nodes: [a-1], vars: {greeting: hello, cycle: 1000}}");
+    world.write(
+        "devices/models/fridge.yaml",
+        "apiVersion: devices.kubeedge.io/v1beta1\nkind: DeviceModel\nmetadata: {name: fridge}\n\
+         spec: {properties: [{name: setpoint, type: INT, accessMode: ReadWrite, maximum: \"8\"}, \
+         {name: fan, type: INT, accessMode: ReadWrite}]}\n",
+    );
+    let device = |fan: &str| {
+        format!(
+            "apiVersion: devices.kubeedge.io/v1beta1\nkind: Device\nmetadata: {{name: cold}}\n\
+             spec: {{deviceModelRef: {{name: fridge}}, protocol: {{protocolName: sim}}, properties: [\
+             {{name: setpoint, collectCycle: \"${{site.vars.cycle}}\"}}, \
+             {{name: fan, desired: {{value: \"{fan}\"}}}}]}}\n"
+        )
+    };
+    world.write("devices/a/cold.yaml", &device("1"));
+    world.push();
+    let api = devices(&world, "a", "Device", "devices").await;
+    let models = devices(&world, "a", "DeviceModel", "devicemodels").await;
+    let live = wait("the device is there", async || api.get_opt("cold").await.ok()?).await;
+    assert_eq!(live.data["spec"]["nodeName"], "a-1");
+    assert_eq!(live.data["spec"]["properties"][0]["collectCycle"], 1000);
+    assert!(models.get_opt("fridge").await.unwrap().is_some());
+
+    // Somebody desires something of one property, and changes another one that is the repository's.
+    let mut properties = live.data["spec"]["properties"].clone();
+    properties[0]["desired"] = json!({"value": "4"});
+    properties[1]["desired"] = json!({"value": "9"});
+    let patch = json!({"spec": {"properties": properties}});
+    api.patch("cold", &PatchParams::default(), &Patch::Merge(patch)).await.unwrap();
+    let desired = async |setpoint: &str, fan: &str| {
+        wait(&format!("setpoint {setpoint} and fan {fan} are desired"), async || {
+            let live = api.get("cold").await.unwrap();
+            let properties = &live.data["spec"]["properties"];
+            let same = properties[0]["desired"]["value"] == setpoint
+                && properties[1]["desired"]["value"] == fan;
+            same.then_some(())
+        })
+        .await;
+    };
+    desired("4", "1").await;
+    world.write("devices/a/cold.yaml", &device("2"));
+    world.push();
+    desired("4", "2").await;
+
+    // What is wrong is shown, and what runs stays.
+    world.write("devices/a/cold.yaml", &device("2").replace("name: setpoint", "name: setpiont"));
+    world.push();
+    let fleet = world
+        .wait_for_fleet("the mistake is shown", |fleet| {
+            let problems = fleet.status.as_ref().map(|status| status.problems.clone());
+            problems
+                .is_some_and(|problems| problems.iter().any(|p| p.message.contains("`setpiont`")))
+        })
+        .await;
+    assert!(fleet.status.is_some());
+    desired("4", "2").await;
+
+    world.remove("devices/a");
+    world.push();
+    wait("the device and its model are gone", async || {
+        let device = api.get_opt("cold").await.unwrap();
+        let model = models.get_opt("fridge").await.unwrap();
+        (device.is_none() && model.is_none()).then_some(())
+    })
+    .await;
+    world.wait_for_text("a", "page", "hello").await;
     world.end().await;
 }

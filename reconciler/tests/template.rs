@@ -37,3 +37,35 @@ fn every_folder_that_the_readme_names_is_read() {
         assert!(template().join(path).is_file(), "{path}");
     }
 }
+
+#[test]
+fn the_example_devices_render_for_their_site_without_a_problem() {
+    let folder = tempfile::tempdir().unwrap();
+    copy(&template(), folder.path());
+    copy(&template().join("examples"), folder.path());
+    let rendered = render_dir(folder.path()).unwrap();
+    assert_eq!(rendered.all_problems(), []);
+    let devices = rendered.releases.iter().find(|(key, _)| key.to_string() == "lisbon-01/devices");
+    let (_, outcome) = devices.unwrap();
+    let objects = outcome.as_ref().unwrap().objects();
+    let names: Vec<_> = objects.keys().map(ToString::to_string).collect();
+    assert_eq!(
+        names,
+        ["DeviceModel door-contact", "DeviceModel fridge", "Device fridge", "Device fridge-door"]
+    );
+    let values: Vec<_> = objects.values().map(|object| &object.value).collect();
+    assert!(values[2..].iter().all(|device| device["spec"]["nodeName"] == "lisbon-01-a"));
+}
+
+fn copy(from: &Path, to: &Path) {
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            std::fs::create_dir_all(&target).unwrap();
+            copy(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}

@@ -9,6 +9,7 @@
 //! the same functions. An incomplete render cannot lead to a prune: [`plan`] takes a [`CompleteRender`], and
 //! [`plan_removals`] takes a [`Roster`], and neither can be had while a file that they depend on is unread.
 
+mod devices;
 pub mod health;
 pub mod network;
 mod object;
@@ -22,6 +23,7 @@ mod vars;
 mod workload;
 pub mod yaml;
 
+pub use devices::{DESIRED_ANNOTATION, RELEASE as DEVICES_RELEASE, has_wishes, keep_wishes};
 pub use object::{Digest, InvalidObject, ObjectId, is_cluster_scoped};
 pub use plan::{Inventory, InventoryItem, Removal, Step, plan, plan_removals, resync};
 pub use render::{

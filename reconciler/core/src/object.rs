@@ -22,7 +22,7 @@ pub struct ObjectId {
 }
 
 /// Kinds in the order in which they are applied; what is not listed comes after the configuration, before workloads.
-const ORDER: [&str; 14] = [
+const ORDER: [&str; 15] = [
     "Namespace",
     "CustomResourceDefinition",
     "PriorityClass",
@@ -37,6 +37,7 @@ const ORDER: [&str; 14] = [
     "PersistentVolume",
     "PersistentVolumeClaim",
     "Service",
+    "DeviceModel",
 ];
 const WORKLOADS: [&str; 9] = [
     "DaemonSet",

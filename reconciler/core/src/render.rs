@@ -7,6 +7,7 @@
 //!
 //! One broken app leaves the others whole: it has [`Problem`]s instead of a [`CompleteRender`].
 
+use crate::devices;
 use crate::object::{Digest, ObjectId, is_cluster_scoped};
 use crate::repository::{AppEntry, OFFLINE_BUDGET, Repository, documents, place, problem};
 use crate::source::Source;
@@ -117,7 +118,7 @@ impl CompleteRender {
         &self.digest
     }
 
-    fn new(objects: BTreeMap<ObjectId, RenderedObject>) -> Self {
+    pub(crate) fn new(objects: BTreeMap<ObjectId, RenderedObject>) -> Self {
         let digest =
             Digest::of_parts(objects.values().map(|object| object.digest.as_str().as_bytes()));
         Self { objects, digest }
@@ -238,6 +239,15 @@ pub fn render(source: &Source) -> Rendered {
             };
             releases.entry(key).or_insert(outcome);
         }
+        let folders = repository.devices.folders_of(entry, &repository.apps);
+        if !folders.is_empty() {
+            let key = ReleaseKey { site: metadata.name.clone(), app: devices::RELEASE.to_owned() };
+            named.insert(key.clone());
+            if entry.usable {
+                let outcome = repository.devices.render(&folders, entry, &scope);
+                releases.entry(key).or_insert(outcome);
+            }
+        }
     }
     refuse_shared_objects(&mut releases);
 
@@ -354,7 +364,7 @@ fn render_app(
             }
         };
         let mut faults = Vec::new();
-        settle_text(&mut Vec::new(), Some(node), &mut substituted, &mut faults);
+        settle_text(is_text, &mut Vec::new(), Some(node), &mut substituted, &mut faults);
         let faulty = !faults.is_empty();
         problems.extend(
             faults.into_iter().map(|(at, message, hint)| own(problem(file, at, &message, hint))),
@@ -399,9 +409,9 @@ fn render_app(
     Ok(CompleteRender::new(objects))
 }
 
-type Fault = (Position, String, Option<String>);
+pub(crate) type Fault = (Position, String, Option<String>);
 
-fn render_object(node: &Node, key: &ReleaseKey) -> Result<(ObjectId, Value), Fault> {
+pub(crate) fn render_object(node: &Node, key: &ReleaseKey) -> Result<(ObjectId, Value), Fault> {
     if !matches!(node.content, Content::Map(_)) {
         return Err((
             node.at,
@@ -474,7 +484,8 @@ fn render_object(node: &Node, key: &ReleaseKey) -> Result<(ObjectId, Value), Fau
 ///
 /// `replicas: ${site.vars.n}` needs a number and `value: ${site.vars.n}` of an environment variable needs text; only
 /// the place can tell. A literal `value: 8080` is refused with its line instead of by the API without one.
-fn settle_text(
+pub(crate) fn settle_text(
+    is_text: fn(&[String]) -> bool,
     path: &mut Vec<String>,
     written: Option<&Node>,
     node: &mut Node,
@@ -513,7 +524,7 @@ fn settle_text(
                     _ => written,
                 };
                 path.push(index.to_string());
-                settle_text(path, written, item, faults);
+                settle_text(is_text, path, written, item, faults);
                 path.pop();
             }
         }
@@ -524,7 +535,7 @@ fn settle_text(
                     _ => written,
                 };
                 path.push(key.text.clone());
-                settle_text(path, written, item, faults);
+                settle_text(is_text, path, written, item, faults);
                 path.pop();
             }
         }

@@ -1,8 +1,9 @@
-//! Reads the typed kinds of a fleet repository: `fleet.yaml`, `sites/`, `apps/*/app.yaml`, `os/`.
+//! Reads the typed kinds of a fleet repository: `fleet.yaml`, `sites/`, `apps/*/app.yaml`, `devices/`, `os/`.
 //!
 //! A file that cannot be read becomes a [`Problem`] and stops only what depends on it. What is not done yet is a
 //! problem too, never something silently left out.
 
+use crate::devices::Devices;
 use crate::source::{File, PROFILES, Source};
 use crate::suggest::nearest;
 use crate::typed::from_node;
@@ -33,6 +34,7 @@ pub struct Repository {
     pub apps: Vec<AppEntry>,
     /// The fleet's own profiles, by path.
     pub profiles: BTreeMap<String, String>,
+    pub(crate) devices: Devices,
     /// What is wrong, in the order of files.
     pub problems: Vec<Problem>,
     /// Whether every file that names a site or an app could be read. Only then is a name that is absent here gone.
@@ -79,11 +81,14 @@ impl Repository {
         reader.unique_nodes(&mut sites);
         reader.unique_apps(&mut apps);
         reader.known_site_names(&sites, &mut apps);
+        let complete = reader.names_complete;
+        let devices = Devices::read(source, &sites, &mut apps, complete, &mut reader.problems);
         Self {
             fleet,
             sites,
             apps,
             profiles,
+            devices,
             problems: reader.problems,
             names_complete: reader.names_complete,
         }
@@ -266,12 +271,10 @@ impl Reader<'_> {
                 }
             }
         }
-        for (folder, what) in [("devices/", "devices"), ("secrets/", "encrypted secrets")] {
-            if let Some((path, _)) = self.source.under(folder).next() {
-                let message =
-                    format!("{what} are not supported yet; files in `{folder}` are not applied");
-                self.problems.push(problem(path, Position::default(), &message, None));
-            }
+        if let Some((path, _)) = self.source.under("secrets/").next() {
+            let message =
+                "encrypted secrets are not supported yet; files in `secrets/` are not applied";
+            self.problems.push(problem(path, Position::default(), message, None));
         }
     }
 
