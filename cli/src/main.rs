@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 mod ca;
 mod cluster;
+mod device;
 mod edge;
 mod fault;
 mod image;
@@ -75,6 +76,9 @@ enum Verb {
     /// Certificates of edge nodes: revoke, deny, allow
     #[command(subcommand)]
     Node(node::Verb),
+    /// Devices of the sites: what they say, and what they are told
+    #[command(subcommand)]
+    Device(device::Verb),
     /// The certificate authority of the nodes, and its replacement
     #[command(subcommand)]
     Ca(ca::Verb),
@@ -148,6 +152,7 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Verb::Link(args) => link::run(args, output).await,
         Verb::Token(verb) => token::run(verb, kubeconfig, output).await,
         Verb::Node(verb) => node::run(verb, kubeconfig, output).await,
+        Verb::Device(verb) => device::run(verb, kubeconfig, output).await,
         Verb::Ca(verb) => ca::run(verb, kubeconfig, output).await,
         Verb::Edge(verb) => edge::run(verb, output).await,
         Verb::Image(verb) => image::run(verb, output),
