@@ -77,8 +77,15 @@ pub struct Updates {
 #[derive(Debug)]
 struct Shared {
     names: BTreeSet<String>,
-    newest: Mutex<BTreeMap<String, Result<Value, DriverError>>>,
+    newest: Mutex<Newest>,
     news: Notify,
+}
+
+/// What was said since the last look.
+#[derive(Debug, Default, PartialEq)]
+struct Newest {
+    values: BTreeMap<String, Result<Value, DriverError>>,
+    present: Option<bool>,
 }
 
 impl Updates {
@@ -94,10 +101,12 @@ impl Updates {
         if !self.shared.names.contains(property) {
             return;
         }
-        let mut newest = self.shared.newest.lock().unwrap_or_else(|broken| broken.into_inner());
-        newest.insert(property.to_owned(), value);
-        drop(newest);
-        self.shared.news.notify_one();
+        self.say(|newest| drop(newest.values.insert(property.to_owned(), value)));
+    }
+
+    /// Tells that the device has left, or is back, as it says itself. The driver stays open.
+    pub fn present(&self, present: bool) {
+        self.say(|newest| newest.present = Some(present));
     }
 
     /// Tells that the device is gone.
@@ -107,16 +116,23 @@ impl Updates {
         }
     }
 
-    fn take(&self) -> BTreeMap<String, Result<Value, DriverError>> {
+    fn say(&self, change: impl FnOnce(&mut Newest)) {
+        let mut newest = self.shared.newest.lock().unwrap_or_else(|broken| broken.into_inner());
+        change(&mut newest);
+        drop(newest);
+        self.shared.news.notify_one();
+    }
+
+    fn take(&self) -> Newest {
         let mut newest = self.shared.newest.lock().unwrap_or_else(|broken| broken.into_inner());
         std::mem::take(&mut newest)
     }
 
-    async fn next(&self) -> BTreeMap<String, Result<Value, DriverError>> {
+    async fn next(&self) -> Newest {
         loop {
             let news = self.shared.news.notified();
             let newest = self.take();
-            if !newest.is_empty() {
+            if newest != Newest::default() {
                 return newest;
             }
             news.await;
@@ -179,7 +195,9 @@ pub(crate) async fn drive<P: Protocol>(
                     Input::Wrote { device: id.clone(), generation, property, desired, result }
                 }
             },
-            values = updates.next() => Input::Pushed { device: id.clone(), generation, values },
+            Newest { values, present } = updates.next() => {
+                Input::Pushed { device: id.clone(), generation, values, present }
+            }
         };
         if answers.send(answer).await.is_err() {
             return;
@@ -255,7 +273,7 @@ mod tests {
             updates.push(&format!("unknown-{count}"), Ok(Value::Integer(count)));
         }
         updates.push("b", Ok(Value::Boolean(true)));
-        let values = updates.next().await;
+        let values = updates.next().await.values;
         let expected = [("a", Value::Integer(99_999)), ("b", Value::Boolean(true))];
         let expected: BTreeMap<_, _> =
             expected.into_iter().map(|(name, value)| (name.to_owned(), Ok(value))).collect();

@@ -117,6 +117,7 @@ impl Edge {
         let twin = |sample: Sample| {
             let mut metadata = std::collections::BTreeMap::new();
             metadata.insert("timestamp".to_owned(), unix_milliseconds(sample.at).to_string());
+            metadata.insert("type".to_owned(), sample.kind.word().to_owned());
             let property = |value, metadata| Some(dmi::TwinProperty { value, metadata });
             dmi::Twin {
                 property_name: sample.property,

@@ -1,5 +1,6 @@
 //! The program around a mapper: flags, log, signals, exit code.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -31,7 +32,11 @@ pub fn main<P: Protocol>(name: &'static str, about: &'static str, protocol: P) -
         .get_matches();
     let level = if flags.get_flag("verbose") { "debug,h2=info,hyper=info" } else { "info" };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
     let path = flags.get_one::<PathBuf>("config-file").expect("the flag has a default");
     match start(path, protocol) {
         Ok(()) => ExitCode::SUCCESS,

@@ -14,6 +14,9 @@ use crate::value::Value;
 const REFUSED: Duration = Duration::from_secs(5);
 const REFUSED_MAX: Duration = Duration::from_secs(300);
 
+/// Most values of one report; what is over goes with the next. A Skerry EdgeCore takes 1,000.
+const TWINS_MAX: usize = 500;
+
 #[derive(Debug)]
 pub(super) struct Entry {
     /// As EdgeCore sent it.
@@ -28,6 +31,8 @@ pub(super) struct Entry {
     pub(super) lost: bool,
     link: Link,
     tries: u32,
+    /// The device says that it is away; the driver stays, to hear when it is back.
+    absent: bool,
     slots: BTreeMap<String, Slot>,
     /// A report of this device is under way, with these properties.
     telling: Option<Vec<String>>,
@@ -126,6 +131,7 @@ impl Entry {
             lost: false,
             link: Link::Closed { retry: now },
             tries: 0,
+            absent: false,
             slots: BTreeMap::new(),
             telling: None,
             state_told: None,
@@ -204,6 +210,7 @@ impl Entry {
         match result {
             Ok(pushed) => {
                 self.link = Link::Idle;
+                self.absent = false;
                 for (name, slot) in &mut self.slots {
                     slot.next_read = (!pushed.contains(name)).then_some(now);
                 }
@@ -283,10 +290,26 @@ impl Entry {
             self.lost = true;
         } else if answered {
             self.tries = 0;
-            let failed = self.slots.values().any(|slot| slot.failed);
-            self.state = if failed { State::Unhealthy } else { State::Online };
+            self.state = self.state_of_slots();
         }
         notes
+    }
+
+    /// Takes what a device said of itself, if it did.
+    pub(super) fn handle_presence(&mut self, present: Option<bool>) {
+        let Some(present) = present else { return };
+        self.absent = !present;
+        if matches!(self.link, Link::Idle | Link::Busy) {
+            self.state = self.state_of_slots();
+        }
+    }
+
+    fn state_of_slots(&self) -> State {
+        if self.absent {
+            return State::Offline;
+        }
+        let failed = self.slots.values().any(|slot| slot.failed);
+        if failed { State::Unhealthy } else { State::Online }
     }
 
     pub(super) fn handle_wrote(
@@ -477,6 +500,9 @@ impl Entry {
         let mut twins = Vec::new();
         for property in &self.device.properties {
             let Some(slot) = self.slots.get_mut(&property.name) else { continue };
+            if twins.len() == TWINS_MAX {
+                break;
+            }
             if slot.pending.is_none_or(|at| at > now) {
                 continue;
             }
@@ -485,7 +511,13 @@ impl Entry {
             slot.next_report = now + property.report;
             slot.told = Some((value.clone(), now));
             let observed_desired = slot.applied.clone().unwrap_or_default();
-            twins.push(Sample { property: property.name.clone(), value, at, observed_desired });
+            twins.push(Sample {
+                property: property.name.clone(),
+                kind: property.kind,
+                value,
+                at,
+                observed_desired,
+            });
         }
         self.telling = Some(twins.iter().map(|twin| twin.property.clone()).collect());
         Some(Output::Report { device, twins })

@@ -27,7 +27,7 @@ use skerry_dmi::v1beta1 as dmi;
 use self::budget::Budget;
 use self::entry::Entry;
 use crate::device::{Device, DeviceId};
-use crate::value::Value;
+use crate::value::{Kind, Value};
 
 /// Most devices that one mapper serves.
 pub const DEVICES_MAX: usize = 10_000;
@@ -146,7 +146,7 @@ pub enum Input {
         /// What came of it.
         result: Result<(), DriverError>,
     },
-    /// A driver pushed values, or lost its device while nothing was asked of it.
+    /// A driver pushed values, lost its device while nothing was asked of it, or heard that it left or came back.
     Pushed {
         /// Whose.
         device: DeviceId,
@@ -154,6 +154,8 @@ pub enum Input {
         generation: u64,
         /// Newest value per property.
         values: BTreeMap<String, Result<Value, DriverError>>,
+        /// Whether the device is there, if it has said so.
+        present: Option<bool>,
     },
     /// A report of values ended.
     Reported {
@@ -247,6 +249,8 @@ pub enum Output {
 pub struct Sample {
     /// Which property.
     pub property: String,
+    /// Its type.
+    pub kind: Kind,
     /// What was read.
     pub value: Value,
     /// When.
@@ -334,9 +338,11 @@ impl Core {
                     entry.handle_values(values, true, now, counts)
                 });
             }
-            Input::Pushed { device, generation, values } => {
+            Input::Pushed { device, generation, values, present } => {
                 self.with(&device, generation, now, |entry, counts| {
-                    entry.handle_values(values, false, now, counts)
+                    let notes = entry.handle_values(values, false, now, counts);
+                    entry.handle_presence(present);
+                    notes
                 });
             }
             Input::Wrote { device, generation, property, desired, result } => {

@@ -431,7 +431,7 @@ fn what_is_pushed_is_told_and_never_read() {
     assert_eq!(world.states, [(0, "one".to_owned(), "online")]);
     for count in 0..10 {
         let values = [("t".to_owned(), Ok(Value::Integer(count)))].into_iter().collect();
-        world.handle(Input::Pushed { device: id("one"), generation: 1, values });
+        world.handle(Input::Pushed { device: id("one"), generation: 1, values, present: None });
     }
     world.run_to(10);
     assert_eq!(world.reads, []);
@@ -444,12 +444,45 @@ fn what_is_pushed_is_told_and_never_read() {
 }
 
 #[test]
+fn a_device_that_says_it_has_left_is_offline_until_it_says_it_is_back() {
+    let mut world = World::new(100.0);
+    world.pushed.insert("t".to_owned());
+    world.register(vec![device("one", &[("t", 1000, "")])]);
+    let push = |world: &mut World, value: Option<i64>, present| {
+        let value = value.map(|value| ("t".to_owned(), Ok(Value::Integer(value))));
+        let values = value.into_iter().collect();
+        world.handle(Input::Pushed { device: id("one"), generation: 1, values, present });
+        let second = world.second();
+        world.run_to(second + 5);
+    };
+    push(&mut world, Some(1), None);
+    push(&mut world, None, Some(false));
+    // What was still on the way changes nothing.
+    push(&mut world, Some(2), None);
+    push(&mut world, None, Some(true));
+    let words: Vec<_> = world.states.iter().map(|state| state.2).collect();
+    assert_eq!(words, ["online", "offline", "online"]);
+    assert_eq!(world.opened, [0]);
+}
+
+#[test]
 fn a_device_that_edgecore_refuses_is_left_alone_for_longer_and_longer() {
     let mut world = World::new(100.0);
     world.edge = |_| Err(ReportFault::Refused("unknown device".to_owned()));
     world.register(vec![device("one", &[("t", 1000, "")])]);
     world.run_to(600);
     assert!((5..12).contains(&world.calls), "{} calls", world.calls);
+}
+
+#[test]
+fn a_device_with_very_many_properties_is_told_in_parts() {
+    let mut world = World::new(100.0);
+    let names: Vec<String> = (0..1_000).map(|n| format!("p{n}")).collect();
+    let properties: Vec<_> = names.iter().map(|name| (name.as_str(), 60_000, "")).collect();
+    world.register(vec![device("wide", &properties)]);
+    world.run_to(10);
+    assert_eq!(world.told.len(), 1_000);
+    assert_eq!(world.calls, 3, "the state and two halves");
 }
 
 #[test]

@@ -103,6 +103,8 @@ async fn mqtt_device_is_heard_and_told_and_comes_back_after_the_broker_was_away(
     world.until_state("door", "online").await;
     say(&client, "door/up", "offline").await;
     world.until_state("door", "offline").await;
+    say(&client, "door/up", "online").await;
+    world.until_state("door", "online").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

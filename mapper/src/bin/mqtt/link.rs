@@ -147,7 +147,7 @@ fn hear(event: &Event, topics: &Topics, updates: &Updates) {
         Heard::Values(values) => {
             values.into_iter().for_each(|(property, value)| updates.push(&property, value));
         }
-        Heard::Away => updates.lost("the device says that it is away"),
+        Heard::Present(present) => updates.present(present),
     }
 }
 

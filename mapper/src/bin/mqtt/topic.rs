@@ -58,8 +58,8 @@ struct Target {
 pub(crate) enum Heard {
     /// Values of properties.
     Values(Vec<(String, Result<Value, DriverError>)>),
-    /// The device says that it is away.
-    Away,
+    /// The device says whether it is there.
+    Present(bool),
 }
 
 impl Topics {
@@ -130,9 +130,8 @@ impl Topics {
     pub(crate) fn handle(&self, topic: &str, payload: &[u8]) -> Heard {
         if let Some((availability, online)) = &self.availability
             && availability == topic
-            && payload != online.as_bytes()
         {
-            return Heard::Away;
+            return Heard::Present(payload == online.as_bytes());
         }
         let Some(sources) = self.heard.get(topic) else { return Heard::Values(Vec::new()) };
         let json = parse(payload);
@@ -361,8 +360,8 @@ mod tests {
         let device =
             device(json!({"availabilityTopic": "up"}), &[("p", Kind::Int, json!({"topic": "t"}))]);
         let topics = Topics::parse(&device).unwrap();
-        assert_eq!(topics.handle("up", b"online"), Heard::Values(Vec::new()));
-        assert_eq!(topics.handle("up", b"offline"), Heard::Away);
+        assert_eq!(topics.handle("up", b"online"), Heard::Present(true));
+        assert_eq!(topics.handle("up", b"offline"), Heard::Present(false));
         assert_eq!(topics.heard().collect::<Vec<_>>(), ["t", "up"]);
     }
 
