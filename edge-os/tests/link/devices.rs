@@ -9,7 +9,7 @@ use skerry_dmi::v1beta1::device_manager_service_client::DeviceManagerServiceClie
 use skerry_dmi::v1beta1::device_mapper_service_server::{
     DeviceMapperService, DeviceMapperServiceServer,
 };
-use skerry_protocol::{Message, Operation};
+use skerry_protocol::{Message, Operation, bus};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -300,6 +300,47 @@ async fn a_flood_of_nonsense_on_the_broker_costs_nothing_but_time() {
     }
     client.publish(UPDATES, &actual("8")).await;
     until_reported(&mut session, "t", "actual", "8").await;
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn rules_of_the_cloud_publish_and_follow_topics_and_uploads_outlive_a_cut() {
+    let (dir, cloud) = (tempfile::tempdir().expect("a directory"), Cloud::start(None).await);
+    let broker = Mosquitto::start(dir.path());
+    let mut client = Client::connect(&broker).await;
+    let (node, mut session) = joined_with(dir.path(), &cloud, Some(OURS), &broker.lines()).await;
+    place(&mut session, 5, "").await;
+    client.get().await;
+    session.send(&bus::publish(1, "$hw/events/of/a/rule", "{\"a\":1}")).await;
+    assert_eq!(client.until("$hw/events/of/a/rule").await, json!({"a": 1}));
+    session.send(&bus::follow(1, "plant/lamp", true)).await;
+    session.send(&bus::follow(1, "plant/#/no/filter", true)).await;
+    // The topic is followed soon.
+    let upload = loop {
+        client.publish("plant/lamp", "on").await;
+        let next = session.until(Operation::Upload, "plant/lamp");
+        if let Ok(upload) = tokio::time::timeout(Duration::from_secs(1), next).await {
+            break upload;
+        }
+    };
+    assert_eq!((upload.route.source.as_str(), upload.route.group.as_str()), ("bus", "user"));
+    assert_eq!(upload.content.get(), "\"on\"");
+
+    // It is followed after a restart too, and what comes while the hub is away is told later.
+    node.stop().await;
+    drop(session);
+    let (node, session) = joined_with(dir.path(), &cloud, Some(OURS), &broker.lines()).await;
+    drop(session);
+    client.get().await;
+    client.publish("plant/lamp", "off").await;
+    let mut session = cloud.accept(Some(OURS)).await;
+    loop {
+        let upload = session.until(Operation::Upload, "plant/lamp").await;
+        session.answer(&upload, &json!("OK")).await;
+        if upload.content.get() == "\"off\"" {
+            break;
+        }
+    }
     node.stop().await;
 }
 

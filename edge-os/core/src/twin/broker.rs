@@ -84,14 +84,15 @@ impl Twin {
         let Some(device) = self.devices.get_mut(id) else {
             return Err(ReportError::Unknown(id.to_string()));
         };
-        let Applied { result, document } =
-            device.row.twins.apply(origin, changes, now.unix_ms())?;
+        let (twins, told) = (&mut device.row.twins, self.has_broker);
+        let Applied { changed, result, document } =
+            twins.apply_for(origin, changes, now.unix_ms(), told)?;
         // Nobody waits for the answer to a mapper's report; KubeEdge gives one for what it took.
-        if self.has_broker && (origin == Origin::Client || !document.is_empty()) {
+        if told && (origin == Origin::Client || changed) {
             let answer = payload::twin_result(base, now.unix_ms(), result);
             self.publish(place, "twin/update/result", &answer, Weight::Each);
         }
-        if document.is_empty() {
+        if !changed {
             return Ok(());
         }
         // What somebody wants of a device is not as cheap to say again as what it is.
@@ -100,7 +101,7 @@ impl Twin {
                 .values()
                 .any(|change| change.as_ref().is_none_or(|change| change.expected.is_some()));
         self.changed(now, id, if wants { Duration::ZERO } else { super::PERSIST_DELAY });
-        if self.has_broker {
+        if told {
             let document = payload::twin_result(base, now.unix_ms(), document);
             self.publish(place, "twin/update/document", &document, Weight::Each);
             self.publish_delta(now, id, place);

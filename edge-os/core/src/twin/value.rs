@@ -159,6 +159,8 @@ pub enum Refused {
 /// What a message changed, for whoever follows the device.
 #[derive(Debug, Default, PartialEq)]
 pub struct Applied {
+    /// Anything is different.
+    pub changed: bool,
     /// Everything that was named, as it is now; null for what was deleted.
     pub result: Map<String, Value>,
     /// What is different: before and after.
@@ -182,18 +184,38 @@ impl Properties {
         changes: &BTreeMap<String, Option<Change>>,
         now_ms: i64,
     ) -> Result<Applied, Refused> {
+        self.apply_for(origin, changes, now_ms, true)
+    }
+
+    /// The same; without `told` nobody wants to know what changed, only whether.
+    ///
+    /// # Errors
+    ///
+    /// [`Refused`]; nothing is changed then.
+    pub fn apply_for(
+        &mut self,
+        origin: Origin,
+        changes: &BTreeMap<String, Option<Change>>,
+        now_ms: i64,
+        told: bool,
+    ) -> Result<Applied, Refused> {
         changes.iter().try_for_each(|(name, change)| self.check(origin, name, change.as_ref()))?;
         self.check_bounds(changes)?;
         let mut applied = Applied::default();
         for (name, change) in changes {
-            let before = self.0.get(name).filter(|property| !property.deleted).cloned();
-            let changed = match change {
-                Some(change) => {
+            let before = self.0.get(name).filter(|property| told && !property.deleted).cloned();
+            let changed = match (change, self.0.get_mut(name)) {
+                (Some(change), Some(property)) => property.apply(origin, change, now_ms),
+                (Some(change), None) => {
                     let property = self.0.entry(name.clone()).or_default();
                     property.apply(origin, change, now_ms)
                 }
-                None => self.0.get_mut(name).is_some_and(Property::delete),
+                (None, property) => property.is_some_and(Property::delete),
             };
+            applied.changed |= changed;
+            if !told {
+                continue;
+            }
             let after = self.0.get(name).filter(|property| !property.deleted);
             if change.is_some() || changed {
                 let now = after.map_or(Value::Null, |property| property.to_json(false));
