@@ -75,11 +75,12 @@ no_tcp() {
     return 0
 }
 
-# Which iptables works in this kernel at all: over nf_tables first, as distributions have it.
+# Which iptables works in this kernel at all: over nf_tables first, as distributions have it. It has to take a match: without
+# `nft_compat` only rules without any go through nf_tables.
 iptables_of_this_kernel() {
     for one in iptables-nft iptables-legacy; do
-        in_host $one -t nat -A POSTROUTING -s 10.99.0.0/24 -j ACCEPT >/tmp/said 2>&1 || continue
-        in_host $one -t nat -D POSTROUTING -s 10.99.0.0/24 -j ACCEPT >/dev/null 2>&1
+        in_host $one -t nat -A POSTROUTING -s 10.99.0.0/24 -m comment --comment x -j ACCEPT >/tmp/said 2>&1 || continue
+        in_host $one -t nat -D POSTROUTING -s 10.99.0.0/24 -m comment --comment x -j ACCEPT >/dev/null 2>&1
         echo $one
         return 0
     done
@@ -284,7 +285,7 @@ calico_iptables() {
 table ip rp { chain pre { type filter hook prerouting priority -300; iifname "none" fib saddr . iif oif missing drop; }; }
 RULES
     in_host $one -t raw -A PREROUTING -i none -j CT --notrack >/tmp/said 2>&1 ||
-        run in_host nft 'add table ip ct; add chain ip ct c; add rule ip ct c ct mark 1'
+        run in_host nft 'add table ip tracks; add chain ip tracks c; add rule ip tracks c ct mark 1'
     in_host $one -A FORWARD -i none -j LOG >/tmp/said 2>&1 || run in_host nft 'add table ip lo; add chain ip lo c; add rule ip lo c log'
     run in_host $one -t nat -A POSTROUTING -s 10.1.0.0/24 -m comment --comment x -j MASQUERADE
     run in_host $one -A FORWARD -p tcp -m multiport --dports 1,2 -m mark --mark 0x5 -m addrtype --dst-type LOCAL -j REJECT

@@ -53,21 +53,12 @@ const MACHINES: &[Need] = &[
     },
 ];
 
-/// The broker that tests of devices run against.
-const BROKER: Need = Need {
-    what: "mosquitto",
-    package: "mosquitto",
-    present: || {
-        ["/usr/sbin/mosquitto", "/usr/bin/mosquitto"].iter().any(|file| Path::new(file).exists())
-    },
-};
-
 const TESTS: &[Need] = &[
     Need { what: "unzip", package: "unzip", present: || sh::find("unzip").is_some() },
     Need { what: "npm", package: "npm", present: || sh::find("npm").is_some() },
 ];
 
-/// What tests of mappers talk to.
+/// What tests of devices and mappers talk to.
 const DEVICES: &[Need] = &[
     Need {
         what: "mosquitto",
@@ -120,9 +111,6 @@ pub(crate) fn run_for(what: For) -> Result<()> {
         // Machines have nodes of their own; this one needs none, but the images for them and the repository.
         needs.retain(|need| ["busybox-static", "git"].contains(&need.package));
         needs.extend(MACHINES);
-    }
-    if what == For::Tests {
-        needs.push(&BROKER);
     }
     if tests && !kubectl_path().exists() {
         needs.extend(TESTS);
