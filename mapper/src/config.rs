@@ -60,6 +60,10 @@ pub struct Common {
     /// Calls per second to EdgeCore, on average. More than one only with a Skerry EdgeCore.
     #[serde(default = "reports_per_second")]
     pub reports_per_second: f64,
+    /// Whether values that KubeEdge's EdgeCore would drop (spaces, JSON, more than 512 bytes) are reported as base64url.
+    /// A Skerry EdgeCore takes them as they are.
+    #[serde(default)]
+    pub encode_values: bool,
     /// Address for `GET /healthz` and `GET /metrics`; off if absent. Without authentication, so loopback only.
     #[serde(default)]
     pub metrics: Option<SocketAddr>,

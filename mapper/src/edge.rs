@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use skerry_dmi::v1beta1 as dmi;
 use skerry_dmi::v1beta1::device_manager_service_client::DeviceManagerServiceClient;
 use tokio::sync::{Notify, mpsc};
@@ -35,13 +37,17 @@ pub(crate) struct Edge {
     client: DeviceManagerServiceClient<Channel>,
     socket: PathBuf,
     away: Arc<Notify>,
+    encode_values: bool,
 }
 
 impl Edge {
-    pub(crate) fn new(socket: &Path) -> Self {
-        let client = DeviceManagerServiceClient::new(skerry_dmi::connect(socket))
-            .max_decoding_message_size(skerry_dmi::MESSAGE_MAX);
-        Self { client, socket: socket.to_path_buf(), away: Arc::new(Notify::new()) }
+    pub(crate) fn new(config: &Config) -> Self {
+        let socket = config.common.edgecore_sock.clone();
+        let client = DeviceManagerServiceClient::new(skerry_dmi::connect(&socket))
+            .max_decoding_message_size(skerry_dmi::MESSAGE_MAX)
+            .max_encoding_message_size(skerry_dmi::MESSAGE_MAX);
+        let away = Arc::new(Notify::new());
+        Self { client, socket, away, encode_values: config.common.encode_values }
     }
 
     /// Registers, and again whenever that is needed; never returns.
@@ -118,12 +124,17 @@ impl Edge {
             let mut metadata = std::collections::BTreeMap::new();
             metadata.insert("timestamp".to_owned(), unix_milliseconds(sample.at).to_string());
             metadata.insert("type".to_owned(), sample.kind.word().to_owned());
+            let mut value = sample.value.to_string();
+            if self.encode_values && !is_plain(&value) {
+                metadata.insert("encoding".to_owned(), "base64url".to_owned());
+                value = URL_SAFE_NO_PAD.encode(value);
+            }
             let property = |value, metadata| Some(dmi::TwinProperty { value, metadata });
             dmi::Twin {
                 property_name: sample.property,
                 // KubeEdge's EdgeCore needs both, also when nothing is desired.
                 observed_desired: property(sample.observed_desired, Default::default()),
-                reported: property(sample.value.to_string(), metadata),
+                reported: property(value, metadata),
             }
         };
         let reported = dmi::DeviceStatus {
@@ -183,6 +194,14 @@ async fn within<T>(
     }
 }
 
+/// Whether KubeEdge's EdgeCore takes a value: it checks these characters and this length, and says nothing if not.
+///
+/// Source: kubeedge/kubeedge, edge/pkg/devicetwin/dtcommon/util.go.
+fn is_plain(value: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.,:/@#".contains(&byte);
+    value.len() <= 512 && value.bytes().all(plain)
+}
+
 /// Which file a path leads to now; a socket that was made again is another one.
 pub(crate) fn inode(path: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
@@ -198,6 +217,16 @@ fn unix_milliseconds(at: Instant) -> u128 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn values_that_kubeedge_drops_are_known() {
+        for plain in ["", "-4.5", "a:b/c@d#e,f_g", &"x".repeat(512)] {
+            assert!(is_plain(plain), "{plain}");
+        }
+        for other in ["a b", "{}", "a=b", "+1", "\u{e9}", &"x".repeat(513)] {
+            assert!(!is_plain(other), "{other}");
+        }
+    }
 
     #[test]
     fn the_limit_of_kubeedge_is_known_by_its_words() {

@@ -1,7 +1,8 @@
 //! `GET /healthz` and `GET /metrics` on loopback, in the text format that Prometheus reads.
 //!
-//! Started by the runtime if the configuration names an address. Never writes anything, and says
-//! nothing of a device but numbers.
+//! Started by the runtime if the configuration names an address. Every request asks the loop that
+//! owns the core, so a mapper that hangs is not healthy. Never writes anything, and says nothing of a
+//! device but numbers.
 
 use std::convert::Infallible;
 use std::fmt::Write;
@@ -15,22 +16,25 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use crate::core::Counts;
+use crate::service::Question;
 
 /// Most scrapers at a time.
 const CONNECTIONS_MAX: usize = 8;
 /// Longest time for a request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest time until the loop has to answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
 pub(crate) async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     TcpListener::bind(address).await
 }
 
 /// Serves until it is dropped.
-pub(crate) async fn serve(listener: TcpListener, counts: watch::Receiver<Counts>) {
+pub(crate) async fn serve(listener: TcpListener, questions: mpsc::Sender<Question>) {
     let mut connections = JoinSet::new();
     loop {
         while connections.len() >= CONNECTIONS_MAX {
@@ -40,11 +44,15 @@ pub(crate) async fn serve(listener: TcpListener, counts: watch::Receiver<Counts>
             tokio::time::sleep(Duration::from_millis(200)).await;
             continue;
         };
-        let counts = counts.clone();
+        let questions = questions.clone();
         connections.spawn(async move {
-            let answer = service_fn(move |request| {
-                let answer = answer(&request, *counts.borrow());
-                async move { Ok::<_, Infallible>(answer) }
+            let answer = service_fn(move |request: Request<hyper::body::Incoming>| {
+                let questions = questions.clone();
+                async move {
+                    let counts = tokio::time::timeout(ANSWER_TIMEOUT, counts(&questions)).await;
+                    let counts = counts.ok().flatten();
+                    Ok::<_, Infallible>(answer(request.method(), request.uri().path(), counts))
+                }
             });
             let _ = http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -56,10 +64,19 @@ pub(crate) async fn serve(listener: TcpListener, counts: watch::Receiver<Counts>
     }
 }
 
-fn answer<B>(request: &Request<B>, counts: Counts) -> Response<Full<Bytes>> {
-    let (status, text) = match (request.method(), request.uri().path()) {
-        (&Method::GET, "/healthz") => (StatusCode::OK, "ok\n".to_owned()),
-        (&Method::GET, "/metrics") => (StatusCode::OK, page(counts)),
+async fn counts(questions: &mpsc::Sender<Question>) -> Option<Counts> {
+    let (answer, answered) = oneshot::channel();
+    questions.send(Question::Counts(answer)).await.ok()?;
+    answered.await.ok()
+}
+
+fn answer(method: &Method, path: &str, counts: Option<Counts>) -> Response<Full<Bytes>> {
+    let (status, text) = match (method, path, counts) {
+        (&Method::GET, "/healthz" | "/metrics", None) => {
+            (StatusCode::SERVICE_UNAVAILABLE, "the mapper does not answer\n".to_owned())
+        }
+        (&Method::GET, "/healthz", Some(_)) => (StatusCode::OK, "ok\n".to_owned()),
+        (&Method::GET, "/metrics", Some(counts)) => (StatusCode::OK, page(counts)),
         _ => (StatusCode::NOT_FOUND, "there is /healthz and /metrics\n".to_owned()),
     };
     let mut response = Response::new(Full::new(text.into()));
@@ -110,7 +127,9 @@ mod tests {
         let text = page(counts);
         assert!(text.contains("\nskerry_mapper_devices 3\n"), "{text}");
         assert!(text.contains("\nskerry_mapper_reported_total 17\n"), "{text}");
-        let request = Request::post("/metrics").body(()).expect("a request");
-        assert_eq!(answer(&request, counts).status(), StatusCode::NOT_FOUND);
+        let status = |method, path, counts| answer(&method, path, counts).status();
+        assert_eq!(status(Method::POST, "/metrics", Some(counts)), StatusCode::NOT_FOUND);
+        assert_eq!(status(Method::GET, "/healthz", Some(counts)), StatusCode::OK);
+        assert_eq!(status(Method::GET, "/healthz", None), StatusCode::SERVICE_UNAVAILABLE);
     }
 }

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use skerry_dmi::ServeError;
 use skerry_dmi::v1beta1::device_mapper_service_server::DeviceMapperServiceServer;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use crate::config::Config;
-use crate::core::{Core, Counts, Input, Output};
+use crate::core::{Core, Input, Output};
 use crate::device::DeviceId;
 use crate::driver::{Order, Protocol, drive};
 use crate::edge::{Edge, inode};
@@ -59,7 +59,6 @@ pub async fn run<P: Protocol>(
     let config = Arc::new(config);
     let listener = skerry_dmi::bind(&config.grpc_server.socket_path)?;
     let own = inode(&config.grpc_server.socket_path);
-    let (counts, counted) = watch::channel(Counts::default());
     let page = match config.common.metrics {
         None => None,
         Some(address) => {
@@ -73,16 +72,16 @@ pub async fn run<P: Protocol>(
     let (inputs, incoming) = mpsc::channel(INPUTS_MAX);
     let (questions, asked) = mpsc::channel(INPUTS_MAX);
     let (stopped, stopping) = oneshot::channel::<()>();
-    let service = Service { inputs: inputs.clone(), questions };
+    let service = Service { inputs: inputs.clone(), questions: questions.clone() };
     let service = DeviceMapperServiceServer::new(service)
         .max_decoding_message_size(skerry_dmi::MESSAGE_MAX)
         .max_encoding_message_size(skerry_dmi::MESSAGE_MAX);
     let server = tokio::spawn(skerry_dmi::serve(listener, service, async { drop(stopping.await) }));
-    let edge = Edge::new(&config.common.edgecore_sock);
+    let edge = Edge::new(&config);
     let mut background = JoinSet::new();
     background.spawn(edge.clone().keep_registered(config.clone(), inputs.clone()));
     if let Some(page) = page {
-        background.spawn(metrics::serve(page, counted));
+        background.spawn(metrics::serve(page, questions));
     }
     let mut owner = Owner {
         core: Core::new(config.common.reports_per_second, Instant::now()),
@@ -92,7 +91,6 @@ pub async fn run<P: Protocol>(
         drivers: BTreeMap::new(),
         tasks: JoinSet::new(),
         reports: JoinSet::new(),
-        counts,
     };
     owner.run(incoming, asked, stop).await;
 
@@ -121,7 +119,6 @@ struct Owner<P> {
     drivers: BTreeMap<DeviceId, (u64, mpsc::Sender<Order>)>,
     tasks: JoinSet<()>,
     reports: JoinSet<Input>,
-    counts: watch::Sender<Counts>,
 }
 
 impl<P: Protocol> Owner<P> {
@@ -152,8 +149,11 @@ impl<P: Protocol> Owner<P> {
                 },
                 Some(_) = self.tasks.join_next() => continue,
                 Some(question) = asked.recv() => {
-                    let Question::Device(id, answer) = question;
-                    let _ = answer.send(self.core.device(&id));
+                    // Whoever does not wait for the answer any more does not need it.
+                    match question {
+                        Question::Device(id, answer) => drop(answer.send(self.core.device(&id))),
+                        Question::Counts(answer) => drop(answer.send(self.core.counts())),
+                    }
                     continue;
                 }
                 () = timer => Input::Tick,
@@ -162,7 +162,6 @@ impl<P: Protocol> Owner<P> {
             while let Some(output) = self.core.poll_output() {
                 self.execute(output);
             }
-            self.counts.send_replace(self.core.counts());
         }
     }
 

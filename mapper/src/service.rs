@@ -8,7 +8,7 @@ use skerry_dmi::v1beta1::device_mapper_service_server::DeviceMapperService;
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status};
 
-use crate::core::Input;
+use crate::core::{Counts, Input};
 use crate::device::DeviceId;
 
 /// A question to whoever owns the core.
@@ -16,6 +16,8 @@ use crate::device::DeviceId;
 pub(crate) enum Question {
     /// What is known of a device.
     Device(DeviceId, oneshot::Sender<Option<dmi::Device>>),
+    /// The numbers for metrics.
+    Counts(oneshot::Sender<Counts>),
 }
 
 /// Serves EdgeCore.

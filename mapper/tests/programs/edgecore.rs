@@ -87,6 +87,7 @@ pub(crate) struct World {
     server: JoinHandle<()>,
     mapper: Option<Child>,
     program: &'static str,
+    metrics: u16,
 }
 
 impl Drop for World {
@@ -111,6 +112,7 @@ impl World {
         *service.answer.lock().unwrap() =
             dmi::MapperRegisterResponse { model_list: vec![model], device_list: devices };
         let server = serve(&service, directory.path());
+        let metrics = crate::foreign::free_port();
         let config = json!({
             "grpc_server": {"socket_path": directory.path().join("mapper.sock")},
             "common": {
@@ -120,10 +122,11 @@ impl World {
                 "protocol": "test",
                 "edgecore_sock": directory.path().join("dmi.sock"),
                 "reports_per_second": 200,
+                "metrics": format!("127.0.0.1:{metrics}"),
             },
         });
         std::fs::write(directory.path().join("config.yaml"), config.to_string()).unwrap();
-        let mut world = Self { directory, service, server, mapper: None, program };
+        let mut world = Self { directory, service, server, mapper: None, program, metrics };
         world.start_mapper();
         world
     }
@@ -190,6 +193,18 @@ impl World {
 
     pub(crate) fn set_devices(&self, devices: Vec<dmi::Device>) {
         self.service.answer.lock().unwrap().device_list = devices;
+    }
+
+    /// What the mapper answers to an HTTP request.
+    pub(crate) async fn http(&self, path: &str) -> String {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let stream = tokio::net::TcpStream::connect(("127.0.0.1", self.metrics)).await;
+        let mut stream = stream.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
     }
 
     /// Waits until what was told is as wanted.

@@ -24,6 +24,12 @@ async fn devices_come_change_and_go_as_edgecore_says() {
     assert_eq!(info.protocol, "test");
     assert_eq!(info.address, world.socket().as_os_str().as_encoded_bytes());
 
+    assert!(world.http("/healthz").await.starts_with("HTTP/1.1 200"));
+    let metrics = world.http("/metrics").await;
+    assert!(metrics.contains("\nskerry_mapper_devices 1\n"), "{metrics}");
+    assert!(metrics.contains("\nskerry_mapper_devices_online 1\n"), "{metrics}");
+    assert!(metrics.contains("\nskerry_mapper_writes_total 1\n"), "{metrics}");
+
     let mut mapper = world.mapper();
     let request = dmi::RegisterDeviceRequest { device: Some(thermometer("two", 5.0, "")) };
     assert_eq!(mapper.register_device(request).await.unwrap().into_inner().device_name, "two");
