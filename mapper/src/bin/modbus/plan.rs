@@ -65,7 +65,7 @@ fn united(first: Range, second: Range) -> Option<Range> {
     let end = |range: Range| u32::from(range.offset) + u32::from(range.len);
     let whole = end(first).max(end(second)) - u32::from(first.offset);
     let far = u32::from(second.offset) > end(first) + u32::from(gap);
-    (!far && whole <= u32::from(max)).then(|| Range { len: whole as u16, ..first })
+    (!far && whole <= u32::from(max)).then_some(Range { len: whole as u16, ..first })
 }
 
 #[cfg(test)]
