@@ -45,6 +45,8 @@ struct World {
 struct Failure {
     line: String,
     after: usize,
+    /// When it is over; `None` is never.
+    until: Option<Duration>,
     code: i32,
 }
 
@@ -171,7 +173,13 @@ impl Machine {
     }
 
     pub(crate) fn fail_after(&self, line: &str, after: usize, code: i32) {
-        self.world().failures.push(Failure { line: line.into(), after, code });
+        self.world().failures.push(Failure { line: line.into(), after, until: None, code });
+    }
+
+    /// As [`Self::fail`], until the machine has been up for so long.
+    pub(crate) fn fail_until(&self, line: &str, until: Duration, code: i32) {
+        let failure = Failure { line: line.into(), after: 0, until: Some(until), code };
+        self.world().failures.push(failure);
     }
 
     pub(crate) fn heal(&self) {
@@ -233,7 +241,10 @@ impl Machine {
 
 impl World {
     fn note(&mut self, line: String) -> io::Result<()> {
-        let failed = self.failures.iter_mut().find(|failure| line.starts_with(&failure.line));
+        let now = self.now;
+        let failed = self.failures.iter_mut().find(|failure| {
+            line.starts_with(&failure.line) && failure.until.is_none_or(|until| now < until)
+        });
         let failed = failed.and_then(|failure| match failure.after {
             0 => Some(failure.code),
             _ => {

@@ -467,16 +467,8 @@ mod tests {
         let alias =
             b"add@/devices/x\0ACTION=add\0SUBSYSTEM=virtio\0MODALIAS=virtio:d00000002v00001AF4\0";
         machine.uevent_at(Duration::from_secs(3), alias);
-        machine.fail("device_len /dev/vda", 6);
-        let console = Console::new(&machine);
-        std::thread::scope(|scope| {
-            let boot = scope.spawn(|| prepare(&machine, &console));
-            while machine.uptime() < Duration::from_secs(4) {
-                std::thread::yield_now();
-            }
-            machine.heal();
-            boot.join().expect("no panic").expect("boots");
-        });
+        machine.fail_until("device_len /dev/vda", Duration::from_secs(4), 6);
+        boot(&machine).expect("boots");
         assert!(machine.loaded().contains(&"virtio_blk".to_owned()));
     }
 
