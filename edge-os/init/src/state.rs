@@ -215,6 +215,9 @@ impl Open<'_> {
     }
 
     fn check_and_mount(&self) -> (State, Option<Problem>) {
+        if self.is_write_protected() {
+            return self.degrade("the disk cannot be written: its state is read-only".into());
+        }
         let argv = ["/usr/sbin/e2fsck", "-p", self.device];
         let run = || self.kernel.run(&argv, CHECK_LIMIT, self.watchdog);
         let checked = match run() {
@@ -242,6 +245,14 @@ impl Open<'_> {
             Ok(()) => (State::Kept { new: false }, problem),
             Err(error) => self.degrade(format!("the state partition cannot be mounted: {error}")),
         }
+    }
+
+    /// Whether the disk itself refuses to be written, as flash does at the end of its life; a check would only say so in its
+    /// own words.
+    fn is_write_protected(&self) -> bool {
+        let name = self.device.trim_start_matches("/dev/");
+        let told = self.kernel.read(&format!("/sys/class/block/{name}/ro"), 16);
+        told.is_ok_and(|told| told.trim_ascii() == b"1")
     }
 
     /// Read-only, with memory over it.
@@ -375,6 +386,20 @@ mod tests {
             assert!(mounts[0].contains("/run/state-readonly ext4 ro"), "{mounts:?}");
             assert_eq!(machine.mounts()["/state"], "overlay");
         }
+    }
+
+    #[test]
+    fn disk_that_refuses_to_be_written_is_told_in_plain_words_and_not_checked() {
+        let machine = machine();
+        open_it(&machine);
+        machine.clear_log();
+        machine.file("/sys/class/block/vda5/ro", b"1\n");
+        let (state, problem) = open_it(&machine);
+        assert_eq!(state, State::Degraded);
+        assert!(problem.expect("told").what.contains("cannot be written"));
+        assert!(machine.log_of("run").is_empty());
+        machine.file("/sys/class/block/vda5/ro", b"0\n");
+        assert_eq!(open_it(&machine).0, State::Kept { new: false });
     }
 
     #[test]

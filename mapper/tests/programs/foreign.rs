@@ -18,19 +18,17 @@ impl Drop for Running {
     }
 }
 
-/// The Python with pymodbus, if it is installed.
-fn python() -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent()?;
+/// The Python with pymodbus.
+fn python() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a room of the tree");
     let python = root.join("target/tools/pymodbus-3.16.1/bin/python");
-    python.exists().then_some(python)
+    assert!(python.exists(), "no pymodbus here\nhint: `cargo xtask setup --tests` installs it");
+    python
 }
 
 /// Starts the Modbus server; returns what it prints, the port or the terminal.
-pub(crate) fn modbus(arguments: &[&str]) -> Option<(Running, String)> {
-    let Some(python) = python() else {
-        eprintln!("SKIPPED: pymodbus is not installed; run `cargo xtask setup --tests`");
-        return None;
-    };
+pub(crate) fn modbus(arguments: &[&str]) -> (Running, String) {
+    let python = python();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/modbus_server.py");
     let mut child = Command::new(python)
         .arg(script)
@@ -43,7 +41,7 @@ pub(crate) fn modbus(arguments: &[&str]) -> Option<(Running, String)> {
     let mut line = String::new();
     BufReader::new(child.stdout.as_mut().expect("piped")).read_line(&mut line).unwrap();
     assert!(!line.is_empty(), "the Modbus server did not start");
-    Some((Running { child }, line.trim().to_owned()))
+    (Running { child }, line.trim().to_owned())
 }
 
 /// A port that nobody listens on now.
@@ -52,16 +50,14 @@ pub(crate) fn free_port() -> u16 {
 }
 
 /// Starts mosquitto on a port.
-pub(crate) fn mosquitto(directory: &Path, port: u16) -> Option<Running> {
+pub(crate) fn mosquitto(directory: &Path, port: u16) -> Running {
     let find = |name: &str| Command::new(name).arg("-h").stdout(Stdio::null()).spawn().ok();
     let program = ["mosquitto", "/usr/sbin/mosquitto"].into_iter().find(|name| match find(name) {
         Some(mut child) => child.wait().is_ok(),
         None => false,
     });
-    let Some(program) = program else {
-        eprintln!("SKIPPED: mosquitto is not installed; run `cargo xtask setup --tests`");
-        return None;
-    };
+    let program =
+        program.expect("no mosquitto here\nhint: `cargo xtask setup --tests` installs it");
     let config = directory.join(format!("mosquitto-{port}.conf"));
     std::fs::write(&config, format!("listener {port} 127.0.0.1\nallow_anonymous true\n")).unwrap();
     let child = Command::new(program).arg("-c").arg(config).stderr(Stdio::null()).spawn().unwrap();
@@ -71,5 +67,5 @@ pub(crate) fn mosquitto(directory: &Path, port: u16) -> Option<Running> {
         assert!(Instant::now() < end, "mosquitto does not listen");
         std::thread::sleep(Duration::from_millis(20));
     }
-    Some(running)
+    running
 }

@@ -47,7 +47,7 @@ async fn say(client: &AsyncClient, topic: &str, payload: &str) {
 async fn mqtt_device_is_heard_and_told_and_comes_back_after_the_broker_was_away() {
     let directory = tempfile::tempdir().unwrap();
     let port = foreign::free_port();
-    let Some(broker) = foreign::mosquitto(directory.path(), port) else { return };
+    let broker = foreign::mosquitto(directory.path(), port);
     let (client, mut hears) = play(port);
     let model = model(&[
         ("open", "BOOLEAN", "ReadOnly"),
@@ -97,7 +97,7 @@ async fn mqtt_device_is_heard_and_told_and_comes_back_after_the_broker_was_away(
 
     drop(broker);
     world.until_state("door", "offline").await;
-    let Some(_broker) = foreign::mosquitto(directory.path(), port) else { return };
+    let _broker = foreign::mosquitto(directory.path(), port);
     say(&client, "door/state", r#"{"contact": {"open": false}, "temp": 6}"#).await;
     world.until_reported("door", "temperature", "6").await;
     world.until_state("door", "online").await;
@@ -111,7 +111,7 @@ async fn mqtt_device_is_heard_and_told_and_comes_back_after_the_broker_was_away(
 async fn mqtt_publisher_that_is_too_fast_costs_few_reports_and_the_last_value_is_right() {
     let directory = tempfile::tempdir().unwrap();
     let port = foreign::free_port();
-    let Some(_broker) = foreign::mosquitto(directory.path(), port) else { return };
+    let _broker = foreign::mosquitto(directory.path(), port);
     let (client, _hears) = play(port);
     let model = model(&[("count", "INT", "ReadOnly")]);
     let settings = json!({"host": "127.0.0.1", "port": port});

@@ -42,10 +42,19 @@ async fn devices_come_change_and_go_as_edgecore_says() {
         device_name: "one".to_owned(),
         device_namespace: "site-a".to_owned(),
     };
-    let known = mapper.get_device(request.clone()).await.unwrap().into_inner().device.unwrap();
-    let twins = known.status.unwrap().twins;
-    let set = twins.iter().find(|twin| twin.property_name == "set").unwrap();
-    assert_eq!(set.observed_desired.as_ref().unwrap().value, "8");
+    // A value may have been read before the write of the same value is acknowledged.
+    let taken = async {
+        loop {
+            let known = mapper.get_device(request.clone()).await.unwrap().into_inner();
+            let twins = known.device.unwrap().status.unwrap().twins;
+            let set = twins.into_iter().find(|twin| twin.property_name == "set").unwrap();
+            if set.observed_desired.is_some_and(|desired| desired.value == "8") {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(30), taken).await.expect("taken");
 
     let remove = dmi::RemoveDeviceRequest {
         device_name: "one".to_owned(),
