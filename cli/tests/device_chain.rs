@@ -1,17 +1,16 @@
 //! The whole way of a device: `skerry device`, the real API, CloudCore and agent, and a mapper as a program of its own.
 
+mod support;
+
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, PostParams};
 use serde_json::{Value, json};
-use skerry_apiserver::{ApiServer, Durability};
-use skerry_edge::agent::{self, AgentError};
+use skerry_cloudcore::NODE_CERTIFICATE_TTL;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+use support::{ANY, Agent, start_api, start_cloud};
 
 const PATIENCE: Duration = Duration::from_secs(90);
-const ANY: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
 
 /// The mapper, ended with the test.
 struct Mapper(Child);
@@ -40,25 +39,6 @@ impl Drop for Mapper {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
-    }
-}
-
-struct Agent {
-    stop: CancellationToken,
-    task: JoinHandle<Result<(), AgentError>>,
-}
-
-impl Agent {
-    fn start(text: &str) -> Self {
-        let config = skerry_edge::config::Config::parse(Path::new("edge.yaml"), text);
-        let stop = CancellationToken::new();
-        let task = tokio::spawn(agent::run(config.expect("a configuration"), stop.clone()));
-        Self { stop, task }
-    }
-
-    async fn stop(self) {
-        self.stop.cancel();
-        self.task.await.expect("no panic").expect("an orderly end");
     }
 }
 
@@ -129,36 +109,13 @@ impl Cli {
 async fn a_value_that_is_set_reaches_the_device_and_comes_back_through_restarts_of_all() {
     skerry_edge::tls::install_provider();
     let dir = tempfile::tempdir().expect("a directory");
-    let config = skerry_apiserver::Config {
-        dir: dir.path().join("api"),
-        listen: ANY.into(),
-        hostnames: vec!["127.0.0.1".into()],
-        node_streams: None,
-        durability: Durability::Relaxed,
-        controllers: false,
-    };
-    let api = ApiServer::start(config).await.expect("the API starts");
+    let api = start_api(dir.path()).await;
     let admin = api.client("admin", &["system:masters"]);
     let kubeconfig = dir.path().join("kubeconfig");
     let text = api.kubeconfig("admin", &["system:masters"]).expect("a kubeconfig");
     std::fs::write(&kubeconfig, text).expect("written");
     let cli = Cli { kubeconfig, dir: dir.path().to_path_buf() };
-    let config = skerry_cloudcore::Config {
-        hub: ANY.into(),
-        quic: None,
-        monitor: None,
-        admission: skerry_cloudcore::ADMISSION_RATE,
-        enrol: ANY.into(),
-        tunnel: ANY.into(),
-        advertise: vec!["127.0.0.1".into()],
-        dir: None,
-        node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
-        shared_token: false,
-        router: None,
-        impersonate: false,
-    };
-    let client = api.client("cloudcore", &["skerry:cloudcore"]);
-    let cloud = skerry_cloudcore::CloudCore::start(client, config).await.expect("cloudcore starts");
+    let cloud = start_cloud(&api, ANY.into(), ANY.into(), NODE_CERTIFICATE_TTL).await;
     let token = skerry_cloudcore::create_token(&admin, "edge1", Duration::from_secs(600)).await;
     let text = format!(
         "nodeName: edge1\nhub: wss://{}\nquic: off\nenrol: https://{}\ntoken: {}\n\

@@ -1,42 +1,21 @@
 //! A device from the Kubernetes API to a client of the node's broker and back: the real API, CloudCore, agent and broker.
 
+mod support;
+
 use kube::api::{Api, ApiResource, DynamicObject, Patch, PatchParams, PostParams};
 use rumqttc::{AsyncClient, Event, MqttOptions, Packet, QoS};
 use serde_json::{Value, json};
-use skerry_apiserver::{ApiServer, Durability};
-use skerry_cloudcore::CloudCore;
-use skerry_edge::agent::{self, AgentError};
-use std::net::SocketAddr;
+use skerry_cloudcore::NODE_CERTIFICATE_TTL;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
+use support::{ANY, Agent, start_api, start_cloud};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
 
 /// Longest wait for a state; an edge that has lost its hub waits up to 30 s before it dials again.
 const PATIENCE: Duration = Duration::from_secs(90);
-const ANY: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
 const UPDATES: &str = "$hw/events/device/default/boiler/twin/update";
-
-async fn start_cloud(api: &ApiServer, hub: SocketAddr, enrol: SocketAddr) -> CloudCore {
-    let config = skerry_cloudcore::Config {
-        hub,
-        quic: None,
-        monitor: None,
-        admission: skerry_cloudcore::ADMISSION_RATE,
-        enrol,
-        tunnel: ANY.into(),
-        advertise: vec!["127.0.0.1".into()],
-        dir: None,
-        node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
-        shared_token: false,
-        router: None,
-        impersonate: false,
-    };
-    let client = api.client("cloudcore", &["skerry:cloudcore"]);
-    CloudCore::start(client, config).await.expect("cloudcore starts")
-}
 
 struct Broker(Child, u16);
 
@@ -134,25 +113,6 @@ impl Drop for Client {
     }
 }
 
-struct Agent {
-    stop: CancellationToken,
-    task: JoinHandle<Result<(), AgentError>>,
-}
-
-impl Agent {
-    fn start(text: &str) -> Self {
-        let config = skerry_edge::config::Config::parse(Path::new("edge.yaml"), text);
-        let stop = CancellationToken::new();
-        let task = tokio::spawn(agent::run(config.expect("a configuration"), stop.clone()));
-        Self { stop, task }
-    }
-
-    async fn stop(self) {
-        self.stop.cancel();
-        self.task.await.expect("no panic").expect("an orderly end");
-    }
-}
-
 fn kind(kind: &str, plural: &str) -> ApiResource {
     ApiResource {
         group: "devices.kubeedge.io".into(),
@@ -210,17 +170,9 @@ async fn until_status(admin: &kube::Client, property: &str, side: &str, value: &
 async fn a_device_converges_between_the_api_and_the_broker_through_cuts_and_a_restart() {
     skerry_edge::tls::install_provider();
     let dir = tempfile::tempdir().expect("a directory");
-    let config = skerry_apiserver::Config {
-        dir: dir.path().join("api"),
-        listen: ANY.into(),
-        hostnames: vec!["127.0.0.1".into()],
-        node_streams: None,
-        durability: Durability::Relaxed,
-        controllers: false,
-    };
-    let api = ApiServer::start(config).await.expect("the API starts");
+    let api = start_api(dir.path()).await;
     let admin = api.client("admin", &["system:masters"]);
-    let cloud = start_cloud(&api, ANY.into(), ANY.into()).await;
+    let cloud = start_cloud(&api, ANY.into(), ANY.into(), NODE_CERTIFICATE_TTL).await;
     let (hub, enrol) = (cloud.hub_addr(), cloud.enrol_addr());
     let token = skerry_cloudcore::create_token(&admin, "edge1", Duration::from_secs(600)).await;
     let token = token.expect("a token");
@@ -270,7 +222,7 @@ async fn a_device_converges_between_the_api_and_the_broker_through_cuts_and_a_re
     client.say("12.5").await;
 
     // It comes back, and both know the last of the other.
-    let cloud = start_cloud(&api, hub, enrol).await;
+    let cloud = start_cloud(&api, hub, enrol, NODE_CERTIFICATE_TTL).await;
     let newest = |delta: &Value| delta["delta"]["s"] == "7";
     client.until(&format!("{UPDATES}/delta"), newest).await;
     until_status(&admin, "t", "reported", "12.5").await;

@@ -1,22 +1,19 @@
 //! The real agent and the real CloudCore over a real API: joining, renewing, a CA that is replaced, revocation, and the
 //! way back after a certificate has expired. No container runtime is there; nothing of this needs one.
 
+mod support;
+
 use k8s_openapi::api::core::v1::Node;
 use kube::api::Api;
 use serde_json::Value;
-use skerry_apiserver::{ApiServer, Durability};
+use skerry_apiserver::ApiServer;
 use skerry_cloudcore::{
     CloudCore, ca_status, create_token, finish_ca, identities, revoke_node, rotate_ca,
 };
-use skerry_edge::agent::{self, AgentError};
-use skerry_edge::config::Config;
-use std::path::Path;
 use std::time::Duration;
-use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+use support::{ANY, Agent, start_api, start_cloud};
 
 const PATIENCE: Duration = Duration::from_secs(40);
-const ANY: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
 const NODE: &str = "edge1";
 
 struct World {
@@ -26,42 +23,14 @@ struct World {
     dir: tempfile::TempDir,
 }
 
-struct Agent {
-    stop: CancellationToken,
-    task: JoinHandle<Result<(), AgentError>>,
-}
-
 impl World {
     /// Certificates of the node live for `ttl`.
     async fn start(ttl: Duration) -> Self {
         skerry_edge::tls::install_provider();
         let dir = tempfile::tempdir().expect("a folder");
-        let config = skerry_apiserver::Config {
-            dir: dir.path().join("api"),
-            listen: ANY.into(),
-            hostnames: vec!["127.0.0.1".into()],
-            node_streams: None,
-            durability: Durability::Relaxed,
-            controllers: false,
-        };
-        let api = ApiServer::start(config).await.expect("the API starts");
+        let api = start_api(dir.path()).await;
         let admin = api.client("admin", &["system:masters"]);
-        let config = skerry_cloudcore::Config {
-            hub: ANY.into(),
-            quic: None,
-            monitor: None,
-            admission: skerry_cloudcore::ADMISSION_RATE,
-            enrol: ANY.into(),
-            tunnel: ANY.into(),
-            advertise: vec!["127.0.0.1".into()],
-            dir: None,
-            node_certificate_ttl: ttl,
-            shared_token: false,
-            router: None,
-            impersonate: false,
-        };
-        let client = api.client("cloudcore", &["skerry:cloudcore"]);
-        let cloud = CloudCore::start(client, config).await.expect("cloudcore starts");
+        let cloud = start_cloud(&api, ANY.into(), ANY.into(), ttl).await;
         Self { api, cloud, admin, dir }
     }
 
@@ -83,9 +52,7 @@ impl World {
             self.cloud.hub_addr(),
             self.cloud.enrol_addr(),
         );
-        let config = Config::parse(Path::new("edge.yaml"), &text).expect("a configuration");
-        let stop = CancellationToken::new();
-        Agent { task: tokio::spawn(agent::run(config, stop.clone())), stop }
+        Agent::start(&text)
     }
 
     async fn serial(&self) -> Option<String> {
@@ -113,13 +80,6 @@ impl World {
     async fn stop(self) {
         self.cloud.shutdown().await;
         self.api.shutdown().await;
-    }
-}
-
-impl Agent {
-    async fn stop(self) {
-        self.stop.cancel();
-        self.task.await.expect("no panic").expect("an orderly end");
     }
 }
 
