@@ -286,7 +286,13 @@ impl CloudCore {
         }
         let monitor_addr = monitor_listener.as_ref().map(|(_, address)| *address);
         if let Some((socket, _)) = monitor_listener {
-            tasks.spawn(monitor::serve(socket, links.clone(), shared.hub.clone(), stop.clone()));
+            tasks.spawn(monitor::serve(
+                socket,
+                links.clone(),
+                shared.hub.clone(),
+                streams.clone(),
+                stop.clone(),
+            ));
         }
         let enrolment = enrolment::Enrolment::new(enrolment::Inner {
             client,

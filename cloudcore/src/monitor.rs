@@ -2,13 +2,16 @@
 //!
 //! Each session has a [`LinkState`] that it writes while it runs, without a lock; [`Links`] is the list of them. They are
 //! served as JSON (`GET /links`) and, summed up, as Prometheus text (`GET /metrics`) on a listener of their own, which
-//! has no authentication and therefore belongs on a loopback address.
+//! has no authentication and therefore belongs on a loopback address. It also passes questions on to nodes about what
+//! their devices were: that is kept there and nowhere else.
 //!
 //! Source: kubeedge/kubeedge, cloud/pkg/cloudhub/common/monitor, whose listener is 127.0.0.1:9091 as well.
 
 use crate::hub::Hub;
 use crate::transport::Kind;
+use crate::tunnel::{StreamError, Streams};
 use bytes::Bytes;
+use futures::StreamExt;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -16,6 +19,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
 use skerry_protocol::capability::Capabilities;
+use skerry_protocol::tunnel::HISTORY_PATH;
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::fmt::Write as _;
@@ -31,6 +35,10 @@ use tokio_util::sync::CancellationToken;
 const CONNECTIONS_MAX: usize = 16;
 /// A request may not take longer than this.
 const REQUEST_MAX: Duration = Duration::from_secs(10);
+/// How long a node may take for its answer.
+const ANSWER_MAX: Duration = Duration::from_secs(20);
+/// The longest answer of a node, in bytes: a page has at most 256 KiB of values.
+const HISTORY_LEN_MAX: usize = 1024 * 1024;
 
 /// One node's link, as it is now.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -300,6 +308,14 @@ impl Links {
         list.links.values().any(own)
     }
 
+    /// What both ends of a node's link can do; of its newest link that is good for more than a renewal.
+    pub(crate) fn capabilities(&self, node: &str) -> Option<Capabilities> {
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        list.by_node.get(node)?;
+        let of_node = list.links.iter().filter(|(_, link)| *link.node == *node);
+        of_node.max_by_key(|(number, _)| **number).map(|(_, link)| link.capabilities)
+    }
+
     /// All links, by node name, with what the hub has for each.
     pub(crate) async fn with_waiting(&self, hub: &Hub) -> Vec<LinkInfo> {
         let mut infos = self.infos();
@@ -444,8 +460,15 @@ impl Drop for Listed {
     }
 }
 
-/// Serves `GET /links` and `GET /metrics` until `stop`.
-pub(crate) async fn serve(socket: TcpListener, links: Links, hub: Hub, stop: CancellationToken) {
+/// Serves `GET /links`, `GET /metrics` and what devices were (`GET /nodes/<node>/history/<namespace>/<device>?…`)
+/// until `stop`.
+pub(crate) async fn serve(
+    socket: TcpListener,
+    links: Links,
+    hub: Hub,
+    streams: Streams,
+    stop: CancellationToken,
+) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let place = Arc::clone(&places).acquire_owned().await.expect("never closed");
@@ -458,11 +481,12 @@ pub(crate) async fn serve(socket: TcpListener, links: Links, hub: Hub, stop: Can
             continue;
         };
         let (links, hub, stop) = (links.clone(), hub.clone(), stop.clone());
+        let streams = streams.clone();
         tokio::spawn(async move {
             let _place = place;
             let service = service_fn(|request: Request<Incoming>| {
-                let (links, hub) = (links.clone(), hub.clone());
-                async move { Ok::<_, Infallible>(answer(&request, &links, &hub).await) }
+                let (links, hub, streams) = (links.clone(), hub.clone(), streams.clone());
+                async move { Ok::<_, Infallible>(answer(&request, &links, &hub, &streams).await) }
             });
             let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -471,13 +495,18 @@ pub(crate) async fn serve(socket: TcpListener, links: Links, hub: Hub, stop: Can
                 .serve_connection(TokioIo::new(stream), service);
             tokio::select! {
                 () = stop.cancelled() => {}
-                _ = tokio::time::timeout(REQUEST_MAX, connection) => {}
+                _ = tokio::time::timeout(REQUEST_MAX + ANSWER_MAX, connection) => {}
             }
         });
     }
 }
 
-async fn answer(request: &Request<Incoming>, links: &Links, hub: &Hub) -> Response<Full<Bytes>> {
+async fn answer(
+    request: &Request<Incoming>,
+    links: &Links,
+    hub: &Hub,
+    streams: &Streams,
+) -> Response<Full<Bytes>> {
     if request.method() != Method::GET {
         return text(StatusCode::METHOD_NOT_ALLOWED, "text/plain", "only GET".into());
     }
@@ -491,8 +520,60 @@ async fn answer(request: &Request<Incoming>, links: &Links, hub: &Hub) -> Respon
             let body = links.metrics() + &of_hub.unwrap_or_default();
             text(StatusCode::OK, "text/plain; version=0.0.4", body)
         }
-        _ => text(StatusCode::NOT_FOUND, "text/plain", "there are /links and /metrics here".into()),
+        path => match history_of(path) {
+            Some((node, device)) => {
+                let query = request.uri().query().unwrap_or_default();
+                history(streams, node, &format!("{HISTORY_PATH}{device}?{query}")).await
+            }
+            None => {
+                let all = "there are /links, /metrics and /nodes/<node>/history/<namespace>/<device> here";
+                text(StatusCode::NOT_FOUND, "text/plain", all.into())
+            }
+        },
     }
+}
+
+/// Node, and namespace with device, of a path about what a device was.
+fn history_of(path: &str) -> Option<(&str, &str)> {
+    let (node, device) = path.strip_prefix("/nodes/")?.split_once("/history/")?;
+    let (namespace, name) = device.split_once('/')?;
+    let plain = |segment: &str| {
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-.".contains(&byte);
+        !segment.is_empty() && segment.bytes().all(allowed)
+    };
+    [node, namespace, name].into_iter().all(plain).then_some((node, device))
+}
+
+/// Asks a node what a device was, and passes on its answer.
+async fn history(streams: &Streams, node: &str, path_and_query: &str) -> Response<Full<Bytes>> {
+    let fault = |status, error: String| text(status, "text/plain", error);
+    let ask = async {
+        let mut stream = match streams.open(node, path_and_query).await {
+            Ok(stream) => stream,
+            Err(error @ StreamError::NotConnected { .. }) => {
+                return fault(StatusCode::SERVICE_UNAVAILABLE, error.to_string());
+            }
+            Err(error) => return fault(StatusCode::BAD_GATEWAY, error.to_string()),
+        };
+        let mut bytes = Vec::new();
+        while let Some(part) = stream.next().await {
+            match part {
+                Ok(part) if bytes.len() + part.len() <= HISTORY_LEN_MAX => bytes.extend(&part),
+                Ok(_) => {
+                    let error = format!("the answer of node `{node}` is too long");
+                    return fault(StatusCode::BAD_GATEWAY, error);
+                }
+                Err(error) => {
+                    let error = format!("the answer of node `{node}` was cut off: {error}");
+                    return fault(StatusCode::BAD_GATEWAY, error);
+                }
+            }
+        }
+        text(StatusCode::OK, "application/json", String::from_utf8_lossy(&bytes).into_owned())
+    };
+    tokio::time::timeout(ANSWER_MAX, ask).await.unwrap_or_else(|_| {
+        fault(StatusCode::GATEWAY_TIMEOUT, format!("node `{node}` did not answer in time"))
+    })
 }
 
 fn text(status: StatusCode, kind: &'static str, body: String) -> Response<Full<Bytes>> {

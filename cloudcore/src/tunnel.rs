@@ -18,7 +18,9 @@ use futures::Stream;
 use http::StatusCode;
 use serde_json::Value;
 use skerry_cloudcore_core::identity::Standing;
-use skerry_protocol::tunnel::{Connect, DATA_LEN_MAX, DEMAND, Frame, FrameKind, NODE_HEADER, PATH};
+use skerry_protocol::tunnel::{
+    Connect, DATA_LEN_MAX, DEMAND, Frame, FrameKind, HISTORY_PATH, NODE_HEADER, PATH,
+};
 use skerry_protocol::websocket::Opcode;
 use skerry_protocol::{Message, Operation};
 use std::collections::HashMap;
@@ -60,11 +62,19 @@ pub enum StreamError {
         /// Its name.
         node: String,
     },
-    /// Only container logs for now.
-    #[error("`{path}` is not available over the tunnel yet, only /containerLogs is")]
+    /// Only container logs and what devices were, for now.
+    #[error(
+        "`{path}` is not available over the tunnel yet, only /containerLogs and /deviceHistory are"
+    )]
     Unsupported {
         /// What was asked for.
         path: String,
+    },
+    /// It is another agent, or an older one.
+    #[error("node `{node}` keeps no history of its devices that can be asked for")]
+    NoHistory {
+        /// Its name.
+        node: String,
     },
     /// The node has as many streams open as it may.
     #[error("node `{node}` has {STREAMS_MAX} streams open already")]
@@ -143,10 +153,19 @@ impl Streams {
     ///
     /// [`StreamError`]; without a word to the node, unless it is one of ours that did not open its tunnel in time.
     pub async fn open(&self, node: &str, path_and_query: &str) -> Result<NodeStream, StreamError> {
-        if !path_and_query.starts_with("/containerLogs/") {
+        let not_connected = || StreamError::NotConnected { node: node.into() };
+        if path_and_query.starts_with(HISTORY_PATH) {
+            // A KubeEdge edge would look for a pod of that name.
+            match self.asker().and_then(|asker| asker.links.capabilities(node)) {
+                None => return Err(not_connected()),
+                Some(both) if !both.history => {
+                    return Err(StreamError::NoHistory { node: node.into() });
+                }
+                Some(_) => {}
+            }
+        } else if !path_and_query.starts_with("/containerLogs/") {
             return Err(StreamError::Unsupported { path: path_and_query.into() });
         }
-        let not_connected = || StreamError::NotConnected { node: node.into() };
         let commands = match self.commands(node) {
             Some(commands) => commands,
             None => self.demand(node).await.ok_or_else(not_connected)?,
@@ -170,6 +189,11 @@ impl Streams {
     pub(crate) fn set_links(&self, links: Links, hub: Hub) {
         let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
         tunnels.asker = Some(Asker { links, hub });
+    }
+
+    fn asker(&self) -> Option<Asker> {
+        let tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+        tunnels.asker.clone()
     }
 
     /// Asks a node of ours for its tunnel, and waits for it.

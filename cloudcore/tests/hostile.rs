@@ -17,7 +17,7 @@ use support::{Cluster, PATIENCE};
 use tokio::io::AsyncWriteExt;
 
 const STOCK: [(&str, &str); 1] = [("ConnectionUse", "msg")];
-const OURS: &str = "digest,window,batch,lease,receipts,renew,qualify,beat=60";
+const OURS: &str = "digest,window,batch,lease,receipts,renew,qualify,history,beat=60";
 
 async fn raw(cluster: &Cluster, node: &str, capabilities: Option<&str>) -> Raw {
     let identity = cluster.enrolled(node).await;

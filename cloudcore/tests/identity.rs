@@ -32,6 +32,7 @@ const RENEW: Capabilities = Capabilities {
     receipts: false,
     renew: true,
     qualify: false,
+    history: false,
     beat: None,
 };
 const HOUR: Duration = Duration::from_secs(3600);

@@ -11,6 +11,7 @@ use crate::appliance;
 use crate::config::Config;
 use crate::enrol::EnrolError;
 use crate::enrol::{self, Credentials};
+use crate::history;
 use crate::jobs::{Done, Jobs};
 use crate::link::{self, LinkEvent, LinkParts, Outgoing, chain};
 use crate::meta_store::{self, OpenError, Store, Trust, WriteError};
@@ -200,6 +201,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
     let (api_requests, from_api) = mpsc::channel(metaserver::REQUESTS_MAX);
     let api_changes = agent.api.changes();
 
+    let (asks, from_tunnel) = mpsc::channel(history::ASKS_MAX);
     let devices = twin::Parts {
         node: config.node_name.clone(),
         store: store.clone(),
@@ -208,6 +210,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
         bus: config.bus.clone(),
         socket: config.dmi_socket.clone(),
         interval: config.report_interval,
+        history: config.history.map(|history| (history, config.dir.clone())),
+        asks: from_tunnel,
     };
     parts.spawn(twin::run(devices, stop.clone()));
 
@@ -228,7 +232,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
         parts.spawn(metaserver::run(address, node, store, api_requests, api_changes, stop));
     }
     if let Some(endpoint) = config.tunnel.clone() {
-        let tunnel = tunnel::Tunnel::new(config, endpoint, engine);
+        let tunnel = tunnel::Tunnel::new(config, endpoint, engine, asks);
         parts.spawn(tunnel.run(credentials_seen, tunnel_demand, seed, stop.clone()));
     }
     let run = agent.run(

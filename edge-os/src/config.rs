@@ -5,6 +5,7 @@
 use crate::bus::BusConfig;
 use crate::kubeedge;
 use serde_json::{Map, Value};
+use skerry_edge_core::history::Keeping;
 use skerry_edge_core::twin::REPORT_INTERVAL;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,7 +18,7 @@ use std::time::Duration;
 pub const PROJECT_ID: &str = "e632aba927ea4ac2b575ec1603d56f10";
 
 /// Every key, with what it is; the reference for people.
-pub const KEYS: [(&str, &str); 23] = [
+pub const KEYS: [(&str, &str); 24] = [
     ("nodeName", "name of the Node, unique in the cluster (required)"),
     ("hub", "address of the hub, `wss://host:10000`, or a list that is tried in turn (required)"),
     (
@@ -65,10 +66,20 @@ pub const KEYS: [(&str, &str); 23] = [
         "reportInterval",
         "seconds between two reports about a device to the hub, 1 to 3600, 10 by default",
     ),
+    (
+        "history",
+        "what devices were, kept on the node: `all` (of every property; `false`: of those that Device or DeviceModel name), \
+         `megabytes` (1 to 1048576, 256 by default), `days` (30), `interval` (least seconds between two values, 1), `deadband` \
+         (0); or `off`",
+    ),
 ];
 
 /// What the file may say, in seconds.
 const REPORT_RANGE_S: RangeInclusive<u64> = 1..=3600;
+/// Room for the history on the disk when the file says nothing, in MB.
+const HISTORY_MB: u64 = 256;
+/// What the file may say, in MB.
+const HISTORY_RANGE_MB: RangeInclusive<u64> = 1..=1_048_576;
 /// Usual port of MQTT brokers.
 const MQTT_PORT: u16 = 1883;
 
@@ -82,7 +93,7 @@ pub const BEAT: Duration = Duration::from_secs(25);
 const BEAT_RANGE_S: RangeInclusive<u64> = 5..=300;
 
 /// How EdgeCore is to run.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// The file that it was read from.
     pub file: PathBuf,
@@ -128,6 +139,19 @@ pub struct Config {
     pub dmi_socket: Option<PathBuf>,
     /// Time between two reports about a device.
     pub report_interval: Duration,
+    /// What is kept of what devices were, if anything.
+    pub history: Option<HistoryConfig>,
+}
+
+/// What is kept of what devices were.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct HistoryConfig {
+    /// Of every property; else of those that a Device or DeviceModel names.
+    pub all: bool,
+    /// Bytes on the disk.
+    pub limit: u64,
+    /// Of properties of which nothing else is said.
+    pub keeping: Keeping,
 }
 
 /// A join token, or the file that holds it and is read each time it is needed.
@@ -443,6 +467,7 @@ impl Fields {
                 }
             },
         };
+        let history = self.history();
         for key in self.fields.keys() {
             self.mistakes.push(format!("key `{key}` is not known"));
         }
@@ -469,7 +494,57 @@ impl Fields {
             bus,
             dmi_socket,
             report_interval,
+            history,
         }
+    }
+
+    fn history(&mut self) -> Option<HistoryConfig> {
+        let keys = match self.fields.remove("history") {
+            None | Some(Value::Null) => Map::new(),
+            Some(Value::Object(keys)) => keys,
+            // In YAML a bare `off` is `false`.
+            Some(Value::Bool(false)) => return None,
+            Some(Value::String(word)) if word == "off" => return None,
+            Some(_) => {
+                self.mistakes.push("history is neither a map of keys nor `off`".into());
+                return None;
+            }
+        };
+        let mut fields = Fields { fields: keys, mistakes: Vec::new() };
+        let all = match fields.fields.remove("all") {
+            None | Some(Value::Null) => false,
+            Some(Value::Bool(all)) => all,
+            Some(_) => {
+                fields.mistakes.push("all is not true or false".into());
+                false
+            }
+        };
+        let mut number = |key: &str, least: f64, most: f64| {
+            let value = fields.fields.remove(key).filter(|value| !value.is_null())?;
+            let number = value.as_f64().filter(|number| (least..=most).contains(number));
+            if number.is_none() {
+                fields.mistakes.push(format!("{key} is not a number, {least} to {most}"));
+            }
+            number
+        };
+        let (least, most) = HISTORY_RANGE_MB.into_inner();
+        let megabytes = number("megabytes", least as f64, most as f64);
+        let usual = Keeping::default();
+        let milliseconds = |number: Option<f64>, unit: f64, usual: i64| {
+            number.map_or(usual, |number| (number * unit) as i64)
+        };
+        let keeping = Keeping {
+            interval_ms: milliseconds(number("interval", 0.0, 86_400.0), 1000.0, usual.interval_ms),
+            deadband: number("deadband", 0.0, f64::MAX).unwrap_or(usual.deadband),
+            keep_ms: milliseconds(number("days", 0.01, 3650.0), 86_400_000.0, usual.keep_ms),
+        };
+        for key in fields.fields.keys() {
+            fields.mistakes.push(format!("key `{key}` is not known"));
+        }
+        let mistakes = fields.mistakes.into_iter().map(|mistake| format!("history: {mistake}"));
+        self.mistakes.extend(mistakes);
+        let limit = megabytes.map_or(HISTORY_MB, |megabytes| megabytes as u64) * 1_000_000;
+        Some(HistoryConfig { all, limit, keeping })
     }
 
     fn bus(&mut self, node: &str) -> Option<BusConfig> {
@@ -626,7 +701,8 @@ mod tests {
         let mut text = LEAST.to_owned();
         text += "quic: quic://hub.example\nbeat: 60\ntunnel: wss://[::1]:10004\ntokenFile: /t\npodDir: /p\npodLogDir: /l\nruntimeSocket: unix:///r.sock\n\
             nodeIP: 10.0.0.2\nlabels: {site: lisbon}\nclusterDNS: [10.0.0.53]\nclusterDomain: x\ncgroupRoot: \"\"\nresolvConf: /r\nmetaServer: 127.0.0.1:10550\nproxy: http://proxy.example\n\
-            mqtt: {server: \"mqtt://h\", username: u, password: p, cleanSession: true}\ndmiSocket: /d.sock\nreportInterval: 5\n";
+            mqtt: {server: \"mqtt://h\", username: u, password: p, cleanSession: true}\ndmiSocket: /d.sock\nreportInterval: 5\n\
+            history: {all: true, megabytes: 20, days: 7, interval: 0.5, deadband: 0.1}\n";
         let config = check(&text).expect("all known");
         let quic = Endpoint { host: "hub.example".into(), port: 10001, via: None };
         assert_eq!((config.quic_of(0), config.beat), (Some(quic), Duration::from_secs(60)));
@@ -640,6 +716,17 @@ mod tests {
         );
         assert_eq!((bus.login, bus.clean_session), (Some(("u".into(), "p".into())), true));
         assert_eq!(config.report_interval, Duration::from_secs(5));
+        let history = config.history.expect("given");
+        assert_eq!((history.all, history.limit), (true, 20_000_000));
+        let keeping = Keeping { interval_ms: 500, deadband: 0.1, keep_ms: 7 * 86_400_000 };
+        assert_eq!(history.keeping, keeping);
+        assert_eq!(check(&format!("{LEAST}history: off\n")).expect("off").history, None);
+        let error = check(&format!("{LEAST}history: {{days: 0, megabytes: many, x: 1}}\n"));
+        let error = error.expect_err("three mistakes");
+        assert!(
+            error.contains("3 mistake(s): history: megabytes is not a number, 1 to"),
+            "{error}"
+        );
         let error = check(&format!(
             "{LEAST}mqtt: {{server: \"ssl://h\", x: 1}}\ndmiSocket: d\nreportInterval: 0\n"
         ));

@@ -12,6 +12,8 @@ pub mod containerd;
 pub mod cri;
 pub mod dmi;
 pub mod enrol;
+mod history;
+pub mod history_store;
 pub mod jobs;
 pub mod kubeedge;
 pub mod link;

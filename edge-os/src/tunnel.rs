@@ -1,4 +1,4 @@
-//! Container logs for the cloud: the node's end of the stream tunnel.
+//! Container logs for the cloud, and what devices were: the node's end of the stream tunnel.
 //!
 //! One WebSocket to CloudCore; each log request is a stream of frames on it, answered by one task that reads the log
 //! file. Exec and attach are refused with an HTTP answer, which the cloud relays to whoever asked; metrics with a
@@ -14,6 +14,7 @@
 
 use crate::config::{Config, Endpoint};
 use crate::enrol::Credentials;
+use crate::history::Ask;
 use crate::link::chain;
 use crate::link::websocket::{self, Out, until};
 use crate::node;
@@ -23,10 +24,12 @@ use bytes::BytesMut;
 use http::Request;
 use jiff::Timestamp;
 use skerry_edge_core::backoff::Backoff;
+use skerry_edge_core::history::query::{Page, Question};
 use skerry_edge_core::logs::{LogOptions, LogReader, LogTarget, Tail};
 use skerry_protocol::capability::BEAT_GRACE;
 use skerry_protocol::tunnel::{
-    ADDRESS_HEADER, CHUNK_LEN, Connect, DATA_LEN_MAX, Frame, FrameKind, NODE_HEADER, PATH,
+    ADDRESS_HEADER, CHUNK_LEN, Connect, DATA_LEN_MAX, Frame, FrameKind, HISTORY_PATH, NODE_HEADER,
+    PATH,
 };
 use skerry_protocol::websocket::{Decoder, Message, Opcode, Role};
 use std::collections::HashMap;
@@ -36,7 +39,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -108,12 +111,18 @@ pub struct Tunnel {
     config: Arc<Config>,
     endpoint: Endpoint,
     engine: Arc<Engine>,
+    asks: mpsc::Sender<Ask>,
 }
 
 impl Tunnel {
-    /// To `endpoint`, with logs of the pods of `engine`.
-    pub fn new(config: Arc<Config>, endpoint: Endpoint, engine: Arc<Engine>) -> Self {
-        Self { config, endpoint, engine }
+    /// To `endpoint`, with logs of the pods of `engine`, and whoever answers `asks` about devices.
+    pub(crate) fn new(
+        config: Arc<Config>,
+        endpoint: Endpoint,
+        engine: Arc<Engine>,
+        asks: mpsc::Sender<Ask>,
+    ) -> Self {
+        Self { config, endpoint, engine, asks }
     }
 
     /// Runs until `stop`; begins when there are credentials and a demand.
@@ -278,8 +287,9 @@ impl Tunnel {
             }
             FrameKind::LogsConnect => {
                 let (engine, outgoing) = (self.engine.clone(), outgoing.clone());
+                let asks = self.asks.clone();
                 let task = tokio::spawn(async move {
-                    let text = match stream_log(&engine, &frame, &outgoing).await {
+                    let text = match answer(&engine, &asks, &frame, &outgoing).await {
                         Ok(()) => String::new(),
                         Err(text) => text + "\n",
                     };
@@ -338,13 +348,48 @@ async fn finish(outgoing: &mpsc::Sender<Frame>, connection: u64, text: String) {
 }
 
 /// Sends what was asked for; an error is a text for the person who asked.
-async fn stream_log(
+async fn answer(
     engine: &Engine,
+    asks: &mpsc::Sender<Ask>,
     frame: &Frame,
     outgoing: &mpsc::Sender<Frame>,
 ) -> Result<(), String> {
     let connect: Connect = serde_json::from_slice(&frame.data)
         .map_err(|error| format!("the request for a log is not valid: {error}"))?;
+    let sender = Sender { connection: frame.connection, outgoing };
+    match connect.url.path.starts_with(HISTORY_PATH) {
+        true => tell_history(asks, &connect, &sender).await,
+        false => stream_log(engine, &connect, &sender).await,
+    }
+}
+
+/// Sends a page of a device's history as JSON; that there is none, too.
+async fn tell_history(
+    asks: &mpsc::Sender<Ask>,
+    connect: &Connect,
+    sender: &Sender<'_>,
+) -> Result<(), String> {
+    let refused = |error: String| Page { error: Some(error), ..Page::default() };
+    let page = match Question::parse(&connect.url.path, &connect.url.raw_query) {
+        Err(error) => refused(error.to_string()),
+        Ok(question) => {
+            let (answer, page) = oneshot::channel();
+            let asked = asks.send(Ask { question, answer }).await.is_ok();
+            let page = if asked { page.await.ok() } else { None };
+            page.unwrap_or_else(|| refused("the agent is ending".into()))
+        }
+    };
+    let json = serde_json::to_vec(&page).map_err(|error| error.to_string())?;
+    for part in json.chunks(CHUNK_LEN) {
+        let frame = Frame::new(sender.connection, FrameKind::Data, part);
+        if sender.outgoing.send(frame).await.is_err() {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+async fn stream_log(engine: &Engine, connect: &Connect, sender: &Sender<'_>) -> Result<(), String> {
     let target = LogTarget::parse(&connect.url.path).map_err(|error| error.to_string())?;
     let options = LogOptions::parse(&connect.url.raw_query, Timestamp::now())
         .map_err(|error| error.to_string())?;
@@ -366,8 +411,7 @@ async fn stream_log(
             ),
         }
     };
-    let sender = Sender { connection: frame.connection, outgoing };
-    copy_log(&log, options, &sender, || {
+    copy_log(&log, options, sender, || {
         locate().is_ok_and(|now| now.running && now.path == log.path)
     })
     .await

@@ -7,11 +7,14 @@
 //! The agent is the only caller.
 
 use crate::bus::{self, BusConfig, Queue, Received};
+use crate::config::HistoryConfig;
 use crate::dmi::{self, FromMapper, Probes, Seen};
+use crate::history::{Ask, Keeper};
 use crate::meta_store::{Store, WriteError};
 use jiff::Timestamp;
 use serde_json::Value;
 use skerry_edge_core::Now;
+use skerry_edge_core::history::query::Page;
 use skerry_edge_core::twin::mapper::{Call, Called};
 use skerry_edge_core::twin::{Input, Output, Twin, Weight};
 use skerry_protocol::{Capabilities, Message, Operation, ResourcePath};
@@ -79,11 +82,15 @@ pub(crate) struct Parts {
     pub(crate) socket: Option<PathBuf>,
     /// Time between two reports about a device.
     pub(crate) interval: Duration,
+    /// What is kept of what devices were, and in which folder, if anything.
+    pub(crate) history: Option<(HistoryConfig, PathBuf)>,
+    /// What the hub asks about it.
+    pub(crate) asks: mpsc::Receiver<Ask>,
 }
 
 /// Serves devices until `stop`, then writes what is not written yet.
 pub(crate) async fn run(parts: Parts, stop: CancellationToken) {
-    let Parts { node, store, events, up, bus, socket, interval } = parts;
+    let Parts { node, store, events, up, bus, socket, interval, history, asks } = parts;
     let twin = Twin::restore(&node, store.read_twins(), interval);
     let twin = if bus.is_some() { twin } else { twin.without_broker() };
     let mut tasks = JoinSet::new();
@@ -115,8 +122,10 @@ pub(crate) async fn run(parts: Parts, stop: CancellationToken) {
         uploads: (UPLOADS_BURST, Instant::now()),
         uploads_dropped: 0,
         dropped_told: 0,
+        keeper: history.map(|(config, dir)| Keeper::new(&config, &dir)),
     };
-    owner.run(events, from_bus, from_mappers, from_probes, stop).await;
+    let inbox = Inbox { events, from_bus, from_mappers, from_probes, asks };
+    owner.run(inbox, stop).await;
     while tasks.join_next().await.is_some() {}
 }
 
@@ -142,7 +151,18 @@ async fn probe(
 
 type Writing = Pin<Box<dyn Future<Output = Result<(), WriteError>> + Send>>;
 
+/// Everything that the owner waits for.
+struct Inbox {
+    events: mpsc::Receiver<Event>,
+    from_bus: mpsc::Receiver<Received>,
+    from_mappers: mpsc::Receiver<FromMapper>,
+    from_probes: mpsc::Receiver<Seen>,
+    asks: mpsc::Receiver<Ask>,
+}
+
 struct Owner {
+    /// The history, if it is kept.
+    keeper: Option<Keeper>,
     twin: Twin,
     store: Arc<Store>,
     up: mpsc::Sender<Up>,
@@ -161,17 +181,12 @@ struct Owner {
 }
 
 impl Owner {
-    async fn run(
-        mut self,
-        mut events: mpsc::Receiver<Event>,
-        mut from_bus: mpsc::Receiver<Received>,
-        mut from_mappers: mpsc::Receiver<FromMapper>,
-        mut from_probes: mpsc::Receiver<Seen>,
-        stop: CancellationToken,
-    ) {
+    async fn run(mut self, inbox: Inbox, stop: CancellationToken) {
+        let Inbox { mut events, mut from_bus, mut from_mappers, mut from_probes, mut asks } = inbox;
         for kind in ["devicemodel", "device"] {
             for text in self.store.read_kind(kind) {
                 if let Some((path, object)) = stored(kind, &text) {
+                    self.tell_keeper(&path, Some(&object));
                     self.twin.handle(now(), Input::Object { path, object });
                 }
             }
@@ -180,6 +195,15 @@ impl Owner {
         loop {
             let blocked = self.drain();
             let wait = self.twin.poll_timeout(now().mono);
+            let tail = self.keeper.as_ref().and_then(|keeper| keeper.poll_timeout(now().mono));
+            let wait = [wait, tail].into_iter().flatten().min();
+            let may_ask = self.keeper.as_ref().is_none_or(Keeper::has_room);
+            let kept = async {
+                match &mut self.keeper {
+                    Some(keeper) => keeper.progress().await,
+                    None => std::future::pending().await,
+                }
+            };
             let timer = async {
                 match wait {
                     Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -205,6 +229,8 @@ impl Owner {
                     self.writing = None;
                     self.twin.handle_stored(now().mono, written.is_ok()); // failures are logged by the store
                 }
+                () = kept => {}
+                Some(ask) = asks.recv(), if may_ask => self.take_ask(ask),
                 Some(event) = events.recv() => {
                     self.take_event(event).await;
                     for _ in 1..BATCH_MAX {
@@ -255,10 +281,21 @@ impl Owner {
                     }
                 }
                 Output::Upload { topic, payload } => self.upload(topic, &payload),
+                Output::Reported { id, values } => {
+                    if let Some(keeper) = &mut self.keeper {
+                        let now = now();
+                        for (property, value, at_ms) in values {
+                            keeper.report(now, &id, &property, &value, at_ms);
+                        }
+                    }
+                }
                 Output::Ignored { what, reason } => {
                     tracing::debug!(what, reason, "of no use here");
                 }
             }
+        }
+        if let Some(keeper) = &mut self.keeper {
+            keeper.drain(now());
         }
         while let Some(call) = self.twin.poll_call(now().mono) {
             self.calls.push(call);
@@ -284,7 +321,29 @@ impl Owner {
         }
     }
 
+    /// The history follows the same objects.
+    fn tell_keeper(&mut self, path: &ResourcePath, object: Option<&Value>) {
+        let Some(keeper) = &mut self.keeper else { return };
+        keeper.take_object(path, object);
+        let is_wanted = keeper.is_wanted();
+        self.twin.follow(is_wanted);
+    }
+
+    fn take_ask(&mut self, ask: Ask) {
+        match &mut self.keeper {
+            Some(keeper) => keeper.ask(ask),
+            None => {
+                let error = Some("the configuration of this node keeps no history".to_owned());
+                // Whoever asked may have gone.
+                let _ = ask.answer.send(Page { error, ..Page::default() });
+            }
+        }
+    }
+
     async fn take_event(&mut self, event: Event) {
+        if let Event::Object(path, object) = &event {
+            self.tell_keeper(path, object.as_ref());
+        }
         let input = match event {
             Event::Object(path, Some(object)) => Input::Object { path, object },
             Event::Object(path, None) => Input::Gone(path),
@@ -390,6 +449,9 @@ impl Owner {
         };
         if tokio::time::timeout(FLUSH_TIMEOUT, all).await.is_err() {
             tracing::warn!("the last values of devices were not written: the disk is too slow");
+        }
+        if let Some(keeper) = &mut self.keeper {
+            keeper.close().await;
         }
     }
 }

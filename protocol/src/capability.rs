@@ -25,6 +25,8 @@ pub const RECEIPTS: &str = "receipts";
 pub const RENEW: &str = "renew";
 /// The hub keeps what nodes say of their kernels (see [`crate::qualification`]).
 pub const QUALIFY: &str = "qualify";
+/// The edge answers questions about what devices were, over the stream tunnel.
+pub const HISTORY: &str = "history";
 /// `beat=<s>`: seconds between two beats of the edge.
 pub const BEAT: &str = "beat";
 
@@ -57,6 +59,8 @@ pub struct Capabilities {
     pub renew: bool,
     /// What a node says of its kernel is kept in the cluster.
     pub qualify: bool,
+    /// What devices were can be asked for.
+    pub history: bool,
     /// The edge's beats, in whole seconds between [`BEAT_MIN`] and [`BEAT_MAX`]. A beat is a WebSocket ping or a QUIC
     /// datagram and replaces KubeEdge's keepalive messages. A hub announces its own default here, which only says that
     /// it understands beats: the edge's value is in force.
@@ -73,6 +77,7 @@ impl Capabilities {
         receipts: true,
         renew: true,
         qualify: true,
+        history: true,
         beat: None,
     };
 
@@ -95,6 +100,7 @@ impl Capabilities {
                     RECEIPTS => found.receipts = true,
                     RENEW => found.renew = true,
                     QUALIFY => found.qualify = true,
+                    HISTORY => found.history = true,
                     _ => {}
                 },
                 Some((BEAT, seconds)) => {
@@ -120,6 +126,7 @@ impl Capabilities {
             receipts: self.receipts && hub.receipts,
             renew: self.renew && hub.renew,
             qualify: self.qualify && hub.qualify,
+            history: self.history && hub.history,
             beat: self.beat.filter(|_| hub.beat.is_some()),
         }
     }
@@ -142,6 +149,7 @@ impl fmt::Display for Capabilities {
             (self.receipts, RECEIPTS),
             (self.renew, RENEW),
             (self.qualify, QUALIFY),
+            (self.history, HISTORY),
         ];
         let mut separator = "";
         for (_, name) in names.into_iter().filter(|(announced, _)| *announced) {
@@ -176,7 +184,7 @@ mod tests {
 
     #[test]
     fn announcement_has_one_form() {
-        let text = "digest,window,batch,lease,receipts,renew,qualify,beat=60";
+        let text = "digest,window,batch,lease,receipts,renew,qualify,history,beat=60";
         assert_eq!(Capabilities::ours(MINUTE).to_string(), text);
         assert_eq!(Capabilities::parse(Some(text)), Capabilities::ours(MINUTE));
     }

@@ -21,6 +21,9 @@ pub const ADDRESS_HEADER: &str = "SessionInternalIP";
 /// none, as an idle one costs more than an idle link. A KubeEdge edge keeps its tunnel open and is never asked. Not
 /// acknowledged: the tunnel is the answer.
 pub const DEMAND: &str = "tunnel/demand";
+/// Path of a stream that asks one of our own edges what a device was, `/deviceHistory/<namespace>/<device>?property=…`;
+/// the answer is one JSON object. Only for edges that announce [`crate::capability::HISTORY`].
+pub const HISTORY_PATH: &str = "/deviceHistory/";
 /// The most data that one frame carries; a KubeEdge receiver drops what is over it, we refuse the frame.
 pub const DATA_LEN_MAX: usize = 1024 * 1024;
 /// The most data that we put into one frame.

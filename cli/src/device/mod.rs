@@ -3,6 +3,7 @@
 //! Reads Device, DeviceModel and DeviceStatus and writes only desired values, with the rights of the caller. What is
 //! shown and what may be set is decided in `view`, without a cluster.
 
+mod history;
 mod view;
 mod watch;
 
@@ -50,6 +51,8 @@ pub(crate) enum Verb {
         #[arg(long, value_name = "SECONDS")]
         wait: Option<u64>,
     },
+    /// Print what a property was, from the node that keeps it
+    History(history::Args),
     /// Print each value and state as it changes, until interrupted
     Watch {
         /// SITE, or SITE/NAME of a device; everything if absent
@@ -96,6 +99,7 @@ pub(crate) async fn run(
         Verb::List { site } => list(&client, site.as_deref(), output).await,
         Verb::Get { device } => get(&client, &device, output).await,
         Verb::Set { device, wishes, wait } => set(&client, &device, &wishes, wait, output).await,
+        Verb::History(args) => history::run(&client, args, output).await,
         Verb::Watch { what } => watch::run(&client, what.as_deref(), output).await,
     }
 }

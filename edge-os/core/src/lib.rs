@@ -6,6 +6,7 @@
 pub mod applications;
 pub mod backoff;
 pub mod event;
+pub mod history;
 pub mod jobs;
 pub mod lease;
 pub mod logs;

@@ -243,7 +243,7 @@ impl Tail {
 }
 
 /// Undoes percent encoding; a broken escape stays as it is.
-fn decoded(text: &str) -> String {
+pub(crate) fn decoded(text: &str) -> String {
     let bytes = text.as_bytes();
     let mut out = Vec::with_capacity(bytes.len());
     let mut at = 0;

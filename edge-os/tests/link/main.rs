@@ -18,7 +18,7 @@ use std::path::Path;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-const OURS: &str = "digest,window,batch,lease,receipts,renew,qualify,beat=25";
+const OURS: &str = "digest,window,batch,lease,receipts,renew,qualify,history,beat=25";
 
 struct Node {
     stop: CancellationToken,

@@ -17,7 +17,7 @@ use tokio_tungstenite::tungstenite::Message as Frame;
 use tokio_util::sync::CancellationToken;
 
 const PATIENCE: Duration = Duration::from_secs(30);
-const OURS: &str = "digest,window,batch,lease,receipts,renew,qualify,beat=25";
+const OURS: &str = "digest,window,batch,lease,receipts,renew,qualify,history,beat=25";
 
 /// A link without an agent.
 struct Bare {

@@ -81,12 +81,25 @@ impl Twin {
         place: &str,
         base: &Base,
     ) -> Result<(), ReportError> {
+        let allowed = self.allowed(id, origin, changes)?;
+        let changes = allowed.as_ref().unwrap_or(changes);
         let Some(device) = self.devices.get_mut(id) else {
             return Err(ReportError::Unknown(id.to_string()));
         };
         let (twins, told) = (&mut device.row.twins, self.has_broker);
         let Applied { changed, result, document } =
             twins.apply_for(origin, changes, now.unix_ms(), told)?;
+        if self.is_followed {
+            let actual = |(name, change): (&String, &Option<Change>)| {
+                let change = change.as_ref()?;
+                let at = change.timestamp.unwrap_or(now.unix_ms());
+                Some((name.clone(), change.actual.clone()?, at))
+            };
+            let values: Vec<_> = changes.iter().filter_map(actual).collect();
+            if !values.is_empty() {
+                self.outputs.push_back(Output::Reported { id: id.clone(), values });
+            }
+        }
         // Nobody waits for the answer to a mapper's report; KubeEdge gives one for what it took.
         if told && (origin == Origin::Client || changed) {
             let answer = payload::twin_result(base, now.unix_ms(), result);
@@ -101,6 +114,9 @@ impl Twin {
                 .values()
                 .any(|change| change.as_ref().is_none_or(|change| change.expected.is_some()));
         self.changed(now, id, if wants { Duration::ZERO } else { super::PERSIST_DELAY });
+        if wants {
+            self.tell_overrides(id);
+        }
         if told {
             let document = payload::twin_result(base, now.unix_ms(), document);
             self.publish(place, "twin/update/document", &document, Weight::Each);

@@ -14,6 +14,7 @@
 //! Source: kubeedge/kubeedge, edge/pkg/devicetwin/dtmanager/dmiworker.go, dmiclient/client.go; the mapper framework for
 //! what its answers mean.
 
+use super::policy::Policies;
 use super::{Id, merge};
 use crate::backoff::Backoff;
 use serde::{Deserialize, Serialize};
@@ -137,6 +138,10 @@ pub(super) struct Placed {
     pub(super) model: Option<Id>,
     /// Names of its properties.
     pub(super) names: Box<[String]>,
+    /// Who decides what its properties should be.
+    pub(super) policies: Policies,
+    /// What somebody at the node wants instead of the hub.
+    pub(super) overrides: BTreeMap<String, String>,
 }
 
 impl Objects {
@@ -144,7 +149,18 @@ impl Objects {
     fn device(&self, id: &str, protocol: &str) -> Option<(Value, String)> {
         let placed = self.devices.get(id).filter(|placed| placed.protocol == protocol)?;
         let model = self.models.get(placed.model.as_ref()?)?;
-        let own = serde_json::from_str(&placed.text).ok()?;
+        let mut own: Value = serde_json::from_str(&placed.text).ok()?;
+        let properties = own["spec"]["properties"].as_array_mut();
+        for property in properties.into_iter().flatten().filter(|one| one.is_object()) {
+            let name = property["name"].as_str().unwrap_or_default();
+            if let Some(value) = placed.overrides.get(name) {
+                let value = value.as_str().into();
+                match &mut property["desired"] {
+                    Value::Object(desired) => drop(desired.insert("value".into(), value)),
+                    desired => *desired = serde_json::json!({"value": value}),
+                }
+            }
+        }
         let merged = merge::device(&own, &serde_json::from_str(model).ok()?);
         let digest = digest(&merged);
         Some((merged, digest))

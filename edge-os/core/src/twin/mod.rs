@@ -43,6 +43,7 @@ mod hub;
 pub mod mapper;
 pub mod merge;
 pub mod payload;
+pub mod policy;
 mod store;
 pub mod topic;
 pub mod value;
@@ -155,6 +156,13 @@ pub enum Output {
         /// What may be dropped.
         weight: Weight,
     },
+    /// Somebody said what a device is; only after [`Twin::follow`].
+    Reported {
+        /// Which one.
+        id: Id,
+        /// Property, value, and when it was so in Unix milliseconds.
+        values: Vec<(String, String, i64)>,
+    },
     /// Data of an application for a rule of the cloud.
     Upload {
         /// The topic on which it came.
@@ -260,6 +268,8 @@ pub struct Twin {
     store_at: Option<Instant>,
     /// Somebody may listen on a broker.
     has_broker: bool,
+    /// Somebody wants [`Output::Reported`].
+    is_followed: bool,
     /// Asks the cloud which devices this node has.
     ask_membership: bool,
     outputs: VecDeque<Output>,
@@ -283,6 +293,7 @@ impl Twin {
             writing: None,
             store_at: None,
             has_broker: true,
+            is_followed: false,
             ask_membership: false,
             outputs: VecDeque::new(),
         }
@@ -292,6 +303,11 @@ impl Twin {
     #[must_use]
     pub fn without_broker(self) -> Self {
         Self { has_broker: false, ..self }
+    }
+
+    /// Whether everything that is reported is handed out as [`Output::Reported`].
+    pub fn follow(&mut self, wanted: bool) {
+        self.is_followed = wanted;
     }
 
     /// Number of devices.

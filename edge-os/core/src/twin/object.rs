@@ -2,6 +2,7 @@
 
 use super::mapper::Placed;
 use super::payload;
+use super::policy::{self, Policies};
 use super::value::{DEVICE_BYTES_MAX, Side};
 use super::{DEVICES_MAX, Device, DeviceRow, Id, Twin, Weight, topic};
 use crate::Now;
@@ -49,11 +50,19 @@ impl Twin {
         let model = model.map(|name| Id::from(format!("{}/{name}", namespace(&id))));
         let properties = || spec["properties"].as_array().into_iter().flatten();
         let names = properties().filter_map(|property| property["name"].as_str());
+        let policies = metadata["annotations"][policy::ANNOTATION].as_str().map(Policies::parse);
+        let policies = policies.transpose().unwrap_or_else(|error| {
+            self.ignore(&id, error.to_string());
+            None
+        });
+        let policies = policies.unwrap_or_default();
         let placed = Placed {
             text,
             protocol: spec["protocol"]["protocolName"].as_str().unwrap_or_default().to_owned(),
             model: model.clone(),
             names: names.map(str::to_owned).collect(),
+            policies: policies.clone(),
+            overrides: BTreeMap::new(),
         };
         // Another device of the same name begins anew.
         if self.devices.get(&id).is_some_and(|device| {
@@ -66,6 +75,9 @@ impl Twin {
             return self.ignore(&id, format!("{DEVICES_MAX} devices are here already"));
         }
         let old = self.objects.devices.insert(id.clone(), placed);
+        if let (Some(old), Some(new)) = (&old, self.objects.devices.get_mut(&id)) {
+            new.overrides.clone_from(&old.overrides);
+        }
         let old_model = old.as_ref().and_then(|old| old.model.clone());
         let placed = &self.objects.devices[&id];
         if old.as_ref().is_none_or(|old| old.text != placed.text) {
@@ -101,13 +113,16 @@ impl Twin {
         if total > DEVICE_BYTES_MAX {
             return self.ignore(&id, "the wanted values of the device are too long together");
         }
-        let document = device.row.twins.desire(&wanted, version, now.unix_ms());
-        if !document.is_empty() || row_changed || is_new {
+        let policy = |name: &str| policies.of(name);
+        let twins = &mut device.row.twins;
+        let (document, changed) = twins.desire_by(&wanted, version, now.unix_ms(), policy);
+        if changed || row_changed || is_new {
             self.changed(now, &id, Duration::ZERO);
         }
         if is_new {
             self.publish_membership(now, &id, true);
         }
+        self.tell_overrides(&id);
         self.publish_document(now, &id, document);
     }
 
@@ -246,6 +261,7 @@ impl Twin {
                 property.kind = kind;
             }
             property.deleted = false;
+            property.is_local = false;
             property.desired = Some(wanted.value.clone());
             property.expected = Some(Side {
                 value: wanted.value,

@@ -22,6 +22,7 @@ struct World {
     objects: BTreeMap<String, Value>,
     published: Vec<(String, Value)>,
     ignored: Vec<String>,
+    reported: Vec<(Id, Vec<(String, String, i64)>)>,
 }
 
 impl World {
@@ -37,6 +38,7 @@ impl World {
             objects: BTreeMap::new(),
             published: Vec::new(),
             ignored: Vec::new(),
+            reported: Vec::new(),
         }
     }
 
@@ -81,6 +83,7 @@ impl World {
                 }
                 Output::Ignored { what, reason } => self.ignored.push(format!("{what}: {reason}")),
                 Output::Upload { topic, .. } => self.published.push((topic, Value::Null)),
+                Output::Reported { id, values } => self.reported.push((id, values)),
             }
         }
         self.store(false);
@@ -608,6 +611,73 @@ fn info() -> Info {
         address: "/tmp/m.sock".into(),
         ..Info::default()
     }
+}
+
+#[test]
+fn whoever_follows_hears_every_report_also_of_the_same_value() {
+    let mut world = world_with_boiler();
+    world.report(ID, "t", "1");
+    assert_eq!(world.reported, [], "nobody follows");
+    world.twin.follow(true);
+    world.report(ID, "t", "1");
+    let now_ms = world.now.unix_ms();
+    let said = |value: &str| (Id::from(ID), vec![("t".to_owned(), value.to_owned(), now_ms)]);
+    assert_eq!(world.reported, [said("1")]);
+    let payload =
+        json!({"twin": {"t": {"actual": {"value": "2"}}, "s": {"expected": {"value": "3"}}}});
+    world.mqtt("device/plant/boiler/twin/update", &payload.to_string());
+    assert_eq!(world.reported, [said("1"), said("2")], "a wish is no report");
+}
+
+#[test]
+fn a_wish_at_the_node_reaches_the_mapper_as_the_device_says_and_outlives_a_restart() {
+    const UPDATES: &str = "device/plant/boiler/twin/update";
+    let wish = |value: &str| json!({"twin": {"s": {"expected": {"value": value}}}}).to_string();
+    let boiler = |version, desired: &str, policy: &str| {
+        let mut boiler = device("boiler", version, desired);
+        boiler["metadata"]["annotations"] = json!({policy::ANNOTATION: policy});
+        boiler
+    };
+    let mut world = World::new();
+    world.object("plant/devicemodel/m", model(1));
+    world.object("plant/device/boiler", boiler(5, "4", r#"{"s": "edge"}"#));
+    let mut mapper = Mapper::default();
+    world.twin.register_mapper(info(), false).expect("registered");
+    world.settle();
+    let told = |world: &mut World, mapper: &mut Mapper| {
+        while let Some(call) = world.twin.poll_call(world.now.mono) {
+            let what = mapper.call(&call);
+            let (protocol, number) = (call.protocol, call.number);
+            world.give(Input::Called { protocol, number, what });
+        }
+        let value = &mapper.devices[ID]["spec"]["properties"][1]["desired"]["value"];
+        value.as_str().expect("a text").to_owned()
+    };
+    assert_eq!(told(&mut world, &mut mapper), "4");
+    world.mqtt(UPDATES, &wish("5"));
+    assert_eq!(told(&mut world, &mut mapper), "5");
+    world.object("plant/device/boiler", boiler(6, "6", r#"{"s": "edge"}"#));
+    assert_eq!(told(&mut world, &mut mapper), "5", "the edge decides");
+    world.restart(false);
+    assert_eq!(told(&mut world, &mut mapper), "5");
+    world.mqtt(UPDATES, &wish(""));
+    assert_eq!(told(&mut world, &mut mapper), "6", "taken back");
+    world.mqtt(UPDATES, &wish("7"));
+    world.object("plant/device/boiler", boiler(7, "6", r#"{"s": "hub"}"#));
+    assert_eq!(told(&mut world, &mut mapper), "6", "the hub decides now");
+    world.published.clear();
+    world.mqtt(UPDATES, &wish("8"));
+    let (topic, answer) = &world.published[0];
+    assert_eq!(topic, &format!("$hw/events/{UPDATES}/result"));
+    assert_eq!(answer["code"], 400);
+    assert_eq!(told(&mut world, &mut mapper), "6");
+    world.object("plant/device/boiler", boiler(8, "6", r#"{"s": "newest"}"#));
+    world.mqtt(UPDATES, &wish("8"));
+    assert_eq!(told(&mut world, &mut mapper), "8");
+    world.object("plant/device/boiler", boiler(9, "9", r#"{"s": "newest"}"#));
+    assert_eq!(told(&mut world, &mut mapper), "9");
+    world.object("plant/device/boiler", boiler(10, "9", "newest"));
+    assert!(world.ignored.last().is_some_and(|reason| reason.contains("local-desired")));
 }
 
 #[test]

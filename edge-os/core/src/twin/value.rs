@@ -11,6 +11,7 @@
 //!
 //! Source: kubeedge/kubeedge, edge/pkg/devicetwin/dtmanager/twin.go, dttype/types.go.
 
+use super::policy::Policy;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -53,6 +54,9 @@ pub struct Property {
     /// What it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub actual: Option<Side>,
+    /// A client of the broker set `expected` since the hub did.
+    #[serde(rename = "local", default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_local: bool,
     /// What the hub wanted last; stays when somebody set something else here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub desired: Option<String>,
@@ -82,6 +86,7 @@ impl Default for Property {
             expected: None,
             observed: None,
             actual: None,
+            is_local: false,
             desired: None,
             optional: true,
             kind: string(),
@@ -148,6 +153,9 @@ pub enum Refused {
         /// The type.
         kind: String,
     },
+    /// A client of the broker wants something else than the hub, and the Device says that the hub decides.
+    #[error("the hub decides what `{0}` should be")]
+    HubDecides(String),
     /// What is not there cannot be deleted.
     #[error("`{0}` does not exist")]
     Absent(String),
@@ -240,7 +248,19 @@ impl Properties {
         version: u64,
         now_ms: i64,
     ) -> Map<String, Value> {
+        self.desire_by(wanted, version, now_ms, |_| None).0
+    }
+
+    /// The same where the Device says who decides. Returns whether anything is to be kept, too.
+    pub fn desire_by(
+        &mut self,
+        wanted: &BTreeMap<String, (String, Option<String>)>,
+        version: u64,
+        now_ms: i64,
+        policy: impl Fn(&str) -> Option<Policy>,
+    ) -> (Map<String, Value>, bool) {
         let mut document = Map::new();
+        let mut changed = false;
         let gone: Vec<String> = self
             .0
             .iter()
@@ -251,6 +271,7 @@ impl Properties {
             let property = self.0.get_mut(&name).expect("listed just now");
             let before = property.to_json(false);
             property.desired = None;
+            changed = true;
             // What somebody set here since stays.
             if property.expected.take_if(|side| side.cloud > 0).is_some() {
                 let current = property.to_json(false);
@@ -264,7 +285,16 @@ impl Properties {
                 continue; // an object of the cluster that large is refused there
             }
             let before = self.0.get(name).filter(|property| !property.deleted);
-            if before.is_some_and(|property| property.desired.as_ref() == Some(value)) {
+            let is_known = |property: &Property| property.desired.as_ref() == Some(value);
+            let policy = policy(name);
+            let is_overridden = before.is_some_and(Property::is_overridden);
+            let ends = is_overridden && policy == Some(Policy::Hub);
+            if before.is_some_and(is_known) && !ends {
+                continue;
+            }
+            changed = true;
+            if is_overridden && policy == Some(Policy::Edge) {
+                self.0.get_mut(name).expect("overridden").desired = Some(value.clone());
                 continue;
             }
             let last = before.map_or(Value::Null, |property| property.to_json(false));
@@ -273,6 +303,7 @@ impl Properties {
                 property.deleted = false;
                 property.kind = kind.as_deref().map_or_else(string, str::to_lowercase);
             }
+            property.is_local = false;
             property.desired = Some(value.clone());
             let edge = property.expected.as_ref().map_or(0, |side| side.edge);
             property.expected =
@@ -280,7 +311,7 @@ impl Properties {
             let current = property.to_json(false);
             document.insert(name.clone(), json!({"last": last, "current": current}));
         }
-        document
+        (document, changed)
     }
 
     /// Every property that is not deleted, without versions.
@@ -368,6 +399,12 @@ impl Properties {
 }
 
 impl Property {
+    /// Whether a client of the broker wants something else than the hub.
+    pub fn is_overridden(&self) -> bool {
+        let wish = self.expected.as_ref().filter(|side| self.is_local && !side.value.is_empty());
+        wish.is_some_and(|side| self.desired.as_ref() != Some(&side.value))
+    }
+
     /// Whether the hub does not know the last change.
     pub fn is_dirty(&self) -> bool {
         self.told < self.edge
@@ -392,13 +429,14 @@ impl Property {
             if !unset {
                 changed |= set(&mut self.observed, value, timestamp, next);
                 // A mapper may still repeat what the hub wanted before.
-                if origin == Origin::Client || self.desired.is_none() {
+                if origin == Origin::Client || (self.desired.is_none() && !self.is_local) {
                     if let Some(side) = &mut self.expected
                         && side.value != *value
                     {
                         side.cloud = 0;
                     }
                     changed |= set(&mut self.expected, value, timestamp, next);
+                    self.is_local = origin == Origin::Client;
                 }
             }
         }
@@ -417,6 +455,7 @@ impl Property {
             return false;
         }
         (self.expected, self.observed, self.actual, self.desired) = (None, None, None, None);
+        self.is_local = false;
         self.deleted = true;
         self.edge += 1;
         true
