@@ -72,7 +72,7 @@ mod tests {
     #[test]
     fn every_definition_is_named_after_its_plural_and_group_and_stores_one_version() {
         let crds = crds();
-        assert_eq!(crds.len(), 6);
+        assert_eq!(crds.len(), 7);
         for crd in crds {
             let spec = &crd["spec"];
             let name = format!(

@@ -785,6 +785,7 @@ pub fn crds() -> Vec<Value> {
     let ready = || column("Ready", ".status.conditions[?(@.type==\"Ready\")].status");
     let age = || json!({"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"});
     vec![
+        super::rules::device_rule_crd(),
         crd(
             "Fleet",
             "fleets",

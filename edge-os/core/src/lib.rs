@@ -14,6 +14,7 @@ pub mod meta;
 pub mod node;
 pub mod outbox;
 pub mod pods;
+pub mod rules;
 pub mod status;
 pub mod twin;
 pub mod uplink;
