@@ -193,6 +193,8 @@ const CLOUDCORE_RULES: &[Rule] = &[
         &["fleet.skerry.dev"],
         &["nodequalifications"],
     ),
+    // Rules about devices go to nodes.
+    rule(&["get", "list", "watch"], &["fleet.skerry.dev"], &["devicerules"]),
     rule(
         &["get", "list", "watch", "create", "update", "patch"],
         &["apiextensions.k8s.io"],

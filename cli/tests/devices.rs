@@ -227,6 +227,38 @@ async fn a_device_converges_between_the_api_and_the_broker_through_cuts_and_a_re
     client.until(&format!("{UPDATES}/delta"), newest).await;
     until_status(&admin, "t", "reported", "12.5").await;
 
+    // A rule goes to the node with the device that names it, and what it does is written down there.
+    let rules = ApiResource {
+        group: "fleet.skerry.dev".into(),
+        version: "v1alpha1".into(),
+        api_version: "fleet.skerry.dev/v1alpha1".into(),
+        kind: "DeviceRule".into(),
+        plural: "devicerules".into(),
+    };
+    let rule = json!({
+        "when": {"device": "boiler", "property": "t", "above": 50},
+        "then": [{"set": {"device": "boiler", "property": "s", "value": "0"}}],
+    });
+    create(&admin, &rules, "alarm", rule).await;
+    let named = Patch::Merge(
+        json!({"metadata": {"annotations": {"fleet.skerry.dev/rules": "[\"alarm\"]"}}}),
+    );
+    let patched = objects(&admin, &devices).patch("boiler", &PatchParams::default(), &named).await;
+    patched.expect("patched");
+    let is_off = |document: &Value| document["twin"]["s"]["current"]["expected"]["value"] == "0";
+    let end = std::time::Instant::now() + PATIENCE;
+    let document = format!("{UPDATES}/document");
+    for n in 0.. {
+        client.say(&format!("{}", 60 + n % 10)).await;
+        let wait = client.until(&document, is_off);
+        if tokio::time::timeout(Duration::from_secs(2), wait).await.is_ok() {
+            break;
+        }
+        assert!(std::time::Instant::now() < end, "the rule does nothing");
+    }
+    let log = std::fs::read_to_string(dir.path().join("edge/rules.log")).expect("a log");
+    assert!(log.contains("RuleBegan") && log.contains("RuleActed"), "{log}");
+
     // A device that the cluster deletes is gone at the node.
     objects(&admin, &devices)
         .delete("boiler", &kube::api::DeleteParams::default())

@@ -27,6 +27,7 @@ fn resource_of(kind: Kind) -> ApiResource {
         Kind::Pod => "pods",
         Kind::DeviceModel => "devicemodels",
         Kind::Device => "devices",
+        Kind::DeviceRule => "devicerules",
         Kind::ServiceAccountAccess => "serviceaccountaccesses",
         Kind::Watched => unreachable!("nothing asks the API for what applications watch"),
     };

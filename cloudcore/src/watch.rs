@@ -113,10 +113,12 @@ impl Watch {
 
     /// Makes the definitions of devices in a cluster that lacks them. Returns whether that was worth another look soon.
     async fn make(&self) -> bool {
-        if !matches!(self.kind, Kind::Device | Kind::DeviceModel) {
-            return false;
-        }
-        match definitions::create(&self.client, skerry_api::kubeedge::devices()).await {
+        let definitions = match self.kind {
+            Kind::Device | Kind::DeviceModel => skerry_api::kubeedge::devices(),
+            Kind::DeviceRule => vec![skerry_api::fleet::rules::device_rule_crd()],
+            _ => return false,
+        };
+        match definitions::create(&self.client, definitions).await {
             Ok(()) => {
                 tokio::time::sleep(SERVED_WAIT).await;
                 true

@@ -210,7 +210,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
         bus: config.bus.clone(),
         socket: config.dmi_socket.clone(),
         interval: config.report_interval,
-        history: config.history.map(|history| (history, config.dir.clone())),
+        history: config.history,
+        dir: config.dir.clone(),
         asks: from_tunnel,
     };
     parts.spawn(twin::run(devices, stop.clone()));
@@ -611,6 +612,17 @@ impl Agent {
                     self.twin_up.push_back(*message);
                 }
             }
+            Action::Twin(Up::Event(report)) => self.uplink.push_event(now(), *report),
+            Action::Twin(Up::Restart { rule, workload }) => {
+                let (engine, twin) = (self.engine.clone(), self.twin.clone());
+                // A task of its own: containers may take their time to stop. Rules are limited in how often they begin.
+                tokio::spawn(async move {
+                    let namespace = rule.split('/').next().unwrap_or_default();
+                    let done = engine.restart(namespace, &workload).await;
+                    let done = done.map_err(|error| chain(&error));
+                    let _ = twin.send(TwinEvent::Restarted { rule, workload, done }).await;
+                });
+            }
             Action::Twin(Up::Upload { topic, text }) => self.uplink.push_upload(topic, text),
             Action::Job(Done::Report(report)) => {
                 let content = &report.content;
@@ -781,7 +793,7 @@ impl Agent {
                 let kind = match kind.as_str() {
                     "secret" => ObjectKind::Secret,
                     "configmap" => ObjectKind::ConfigMap,
-                    "device" | "devicemodel" => {
+                    "device" | "devicemodel" | "devicerule" => {
                         if let Ok(path) = ResourcePath::new(&namespace, &kind, &name) {
                             let text = self.store.read(&path.to_string());
                             let object = text.and_then(|text| serde_json::from_str(&text).ok());

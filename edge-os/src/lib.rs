@@ -25,6 +25,7 @@ mod outbox_store;
 pub mod pods;
 pub mod preload;
 pub mod qualification;
+mod rules;
 pub mod tls;
 pub mod tunnel;
 mod twin;

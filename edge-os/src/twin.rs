@@ -11,12 +11,14 @@ use crate::config::HistoryConfig;
 use crate::dmi::{self, FromMapper, Probes, Seen};
 use crate::history::{Ask, Keeper};
 use crate::meta_store::{Store, WriteError};
+use crate::rules::{Doing, Ruler};
 use jiff::Timestamp;
 use serde_json::Value;
 use skerry_edge_core::Now;
+use skerry_edge_core::event::EventReport;
 use skerry_edge_core::history::query::Page;
 use skerry_edge_core::twin::mapper::{Call, Called};
-use skerry_edge_core::twin::{Input, Output, Twin, Weight};
+use skerry_edge_core::twin::{Id, Input, Output, Twin, Weight};
 use skerry_protocol::{Capabilities, Message, Operation, ResourcePath};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -54,6 +56,15 @@ pub(crate) enum Event {
     Connected(Capabilities),
     /// It is gone.
     Disconnected,
+    /// What came of an [`Up::Restart`].
+    Restarted {
+        /// From there.
+        rule: Id,
+        /// From there.
+        workload: String,
+        /// A reason for people, when nothing came of it.
+        done: Result<(), String>,
+    },
 }
 
 /// What goes to the hub.
@@ -67,6 +78,15 @@ pub(crate) enum Up {
         topic: String,
         /// The data; what is no text is replaced, as in KubeEdge.
         text: String,
+    },
+    /// Something for the cluster to know.
+    Event(Box<EventReport>),
+    /// A rule wants the containers of a workload to be restarted; answered with [`Event::Restarted`].
+    Restart {
+        /// `namespace/name` of the rule.
+        rule: Id,
+        /// A pod of the rule's namespace, or what owns some.
+        workload: String,
     },
 }
 
@@ -82,15 +102,17 @@ pub(crate) struct Parts {
     pub(crate) socket: Option<PathBuf>,
     /// Time between two reports about a device.
     pub(crate) interval: Duration,
-    /// What is kept of what devices were, and in which folder, if anything.
-    pub(crate) history: Option<(HistoryConfig, PathBuf)>,
+    /// What is kept of what devices were, if anything.
+    pub(crate) history: Option<HistoryConfig>,
+    /// Where that is kept, and what rules did.
+    pub(crate) dir: PathBuf,
     /// What the hub asks about it.
     pub(crate) asks: mpsc::Receiver<Ask>,
 }
 
 /// Serves devices until `stop`, then writes what is not written yet.
 pub(crate) async fn run(parts: Parts, stop: CancellationToken) {
-    let Parts { node, store, events, up, bus, socket, interval, history, asks } = parts;
+    let Parts { node, store, events, up, bus, socket, interval, history, dir, asks } = parts;
     let twin = Twin::restore(&node, store.read_twins(), interval);
     let twin = if bus.is_some() { twin } else { twin.without_broker() };
     let mut tasks = JoinSet::new();
@@ -122,7 +144,8 @@ pub(crate) async fn run(parts: Parts, stop: CancellationToken) {
         uploads: (UPLOADS_BURST, Instant::now()),
         uploads_dropped: 0,
         dropped_told: 0,
-        keeper: history.map(|(config, dir)| Keeper::new(&config, &dir)),
+        keeper: history.map(|config| Keeper::new(&config, &dir)),
+        ruler: Ruler::new(&dir),
     };
     let inbox = Inbox { events, from_bus, from_mappers, from_probes, asks };
     owner.run(inbox, stop).await;
@@ -163,6 +186,7 @@ struct Inbox {
 struct Owner {
     /// The history, if it is kept.
     keeper: Option<Keeper>,
+    ruler: Ruler,
     twin: Twin,
     store: Arc<Store>,
     up: mpsc::Sender<Up>,
@@ -183,10 +207,10 @@ struct Owner {
 impl Owner {
     async fn run(mut self, inbox: Inbox, stop: CancellationToken) {
         let Inbox { mut events, mut from_bus, mut from_mappers, mut from_probes, mut asks } = inbox;
-        for kind in ["devicemodel", "device"] {
+        for kind in ["devicemodel", "device", "devicerule"] {
             for text in self.store.read_kind(kind) {
                 if let Some((path, object)) = stored(kind, &text) {
-                    self.tell_keeper(&path, Some(&object));
+                    self.tell_followers(&path, Some(&object));
                     self.twin.handle(now(), Input::Object { path, object });
                 }
             }
@@ -196,7 +220,7 @@ impl Owner {
             let blocked = self.drain();
             let wait = self.twin.poll_timeout(now().mono);
             let tail = self.keeper.as_ref().and_then(|keeper| keeper.poll_timeout(now().mono));
-            let wait = [wait, tail].into_iter().flatten().min();
+            let wait = [wait, tail, self.ruler.poll_timeout()].into_iter().flatten().min();
             let may_ask = self.keeper.as_ref().is_none_or(Keeper::has_room);
             let kept = async {
                 match &mut self.keeper {
@@ -265,7 +289,10 @@ impl Owner {
                     }
                 }
                 () = room => {}
-                () = timer => self.twin.handle(now(), Input::Tick),
+                () = timer => {
+                    self.ruler.rules.handle_time(now().mono);
+                    self.twin.handle(now(), Input::Tick);
+                }
             }
         }
         self.flush().await;
@@ -273,6 +300,7 @@ impl Owner {
 
     /// Carries out what the twin asks for. Returns whether messages wait for room on the way to the hub.
     fn drain(&mut self) -> bool {
+        self.carry_out_rules();
         while let Some(output) = self.twin.poll_output() {
             match output {
                 Output::Publish { topic, payload, weight } => {
@@ -282,12 +310,15 @@ impl Owner {
                 }
                 Output::Upload { topic, payload } => self.upload(topic, &payload),
                 Output::Reported { id, values } => {
-                    if let Some(keeper) = &mut self.keeper {
-                        let now = now();
-                        for (property, value, at_ms) in values {
+                    let now = now();
+                    for (property, value, at_ms) in values {
+                        self.ruler.rules.report(now.mono, &id, &property, &value);
+                        if let Some(keeper) = &mut self.keeper {
                             keeper.report(now, &id, &property, &value, at_ms);
                         }
                     }
+                    // What a rule sets is one of the next outputs; there is a bound on how often.
+                    self.carry_out_rules();
                 }
                 Output::Ignored { what, reason } => {
                     tracing::debug!(what, reason, "of no use here");
@@ -321,12 +352,54 @@ impl Owner {
         }
     }
 
-    /// The history follows the same objects.
-    fn tell_keeper(&mut self, path: &ResourcePath, object: Option<&Value>) {
-        let Some(keeper) = &mut self.keeper else { return };
-        keeper.take_object(path, object);
-        let is_wanted = keeper.is_wanted();
-        self.twin.follow(is_wanted);
+    /// History and rules follow objects, too.
+    fn tell_followers(&mut self, path: &ResourcePath, object: Option<&Value>) {
+        if let Some(keeper) = &mut self.keeper {
+            keeper.take_object(path, object);
+        }
+        self.ruler.take_object(path, object);
+        let is_kept = self.keeper.as_ref().is_some_and(Keeper::is_wanted);
+        self.twin.follow(is_kept || !self.ruler.rules.is_empty());
+    }
+
+    /// Does what rules ask for, and tells what came of it.
+    fn carry_out_rules(&mut self) {
+        while let Some(doing) = self.ruler.poll() {
+            let (rule, what, done) = match doing {
+                Doing::Tell(report) => {
+                    // It is in the log of the node in any case.
+                    if self.up.try_send(Up::Event(report)).is_err() {
+                        tracing::warn!("the cluster is not told what a rule did: too much waits");
+                    }
+                    continue;
+                }
+                Doing::Set { rule, device, property, value } => {
+                    let what = format!("set {property} of {device} to `{value}`");
+                    let done = self.twin.wish(now(), &device, &property, &value);
+                    (rule, what, done.map_err(|error| error.to_string()))
+                }
+                Doing::Publish { rule, topic, payload } => {
+                    let what = format!("published on {topic}");
+                    let done = match &self.queue {
+                        Some(queue) => {
+                            queue.push(topic, payload.into_bytes(), Weight::Each);
+                            Ok(())
+                        }
+                        None => Err("this node has no broker".to_owned()),
+                    };
+                    (rule, what, done)
+                }
+                Doing::Restart { rule, workload } => {
+                    let up = Up::Restart { rule: rule.clone(), workload: workload.clone() };
+                    if self.up.try_send(up).is_ok() {
+                        continue; // what came of it is an event
+                    }
+                    let what = format!("restarted {workload}");
+                    (rule, what, Err("too much waits for the agent".to_owned()))
+                }
+            };
+            self.ruler.rules.done(&rule, &what, done);
+        }
     }
 
     fn take_ask(&mut self, ask: Ask) {
@@ -342,7 +415,7 @@ impl Owner {
 
     async fn take_event(&mut self, event: Event) {
         if let Event::Object(path, object) = &event {
-            self.tell_keeper(path, object.as_ref());
+            self.tell_followers(path, object.as_ref());
         }
         let input = match event {
             Event::Object(path, Some(object)) => Input::Object { path, object },
@@ -352,6 +425,10 @@ impl Owner {
             Event::Connected(capabilities) => Input::Connected(capabilities),
             Event::Disconnected => Input::Disconnected,
             Event::Bus(message) => return self.take_bus(&message).await,
+            Event::Restarted { rule, workload, done } => {
+                let what = format!("restarted {workload}");
+                return self.ruler.rules.done(&rule, &what, done);
+            }
         };
         self.twin.handle(now(), input);
     }

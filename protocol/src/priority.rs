@@ -86,7 +86,7 @@ impl Class {
             | "volumeattachment"
             | "volume" => Self::Pod,
             "node" | "nodepatch" | "nodestatus" | "certificatesigningrequest" => Self::Node,
-            "device" | "devicemodel" => Self::Twin,
+            "device" | "devicemodel" | "devicerule" => Self::Twin,
             "event" => Self::Event,
             _ => Self::Bulk,
         }

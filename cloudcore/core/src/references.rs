@@ -8,7 +8,11 @@
 
 use crate::downstream::{Key, Kind};
 use serde_json::Value;
+use skerry_api::fleet::rules::RULES_ANNOTATION;
 use std::collections::BTreeSet;
+
+/// Rules that one device may name; more are not looked at.
+const RULES_MAX: usize = 256;
 
 /// Everything that `pod` refers to, in the pod's own namespace.
 ///
@@ -31,13 +35,18 @@ pub fn of_pod(pod: &Value) -> BTreeSet<Key> {
     found.keys
 }
 
-/// The model of `device`, in the device's own namespace.
+/// The model of `device` and the rules that it names, in the device's own namespace.
 pub fn of_device(device: &Value) -> BTreeSet<Key> {
     let mut found = References {
         namespace: text(&device["metadata"]["namespace"]).unwrap_or_default(),
         keys: BTreeSet::new(),
     };
     found.add(Kind::DeviceModel, &device["spec"]["deviceModelRef"]["name"]);
+    let rules = device["metadata"]["annotations"][RULES_ANNOTATION].as_str();
+    // Others than a list of names are none.
+    let rules: Vec<Value> =
+        rules.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+    rules.iter().take(RULES_MAX).for_each(|rule| found.add(Kind::DeviceRule, rule));
     found.keys
 }
 
@@ -117,6 +126,18 @@ mod tests {
         let all = ["ns/configmap/a", "ns/configmap/c", "ns/secret/b", "ns/secret/d", "ns/secret/e"];
         check(json!({"volumes": volumes}), &all);
         check(json!({"imagePullSecrets": [{"name": "p"}, {"name": ""}]}), &["ns/secret/p"]);
+    }
+
+    #[test]
+    fn a_device_needs_its_model_and_the_rules_that_it_names() {
+        let found = |rules: &str| -> Vec<String> {
+            let device = json!({"metadata": {"namespace": "ns", "annotations": {RULES_ANNOTATION: rules}},
+                "spec": {"deviceModelRef": {"name": "m"}}});
+            of_device(&device).iter().map(Key::to_string).collect()
+        };
+        let both = ["ns/devicemodel/m", "ns/devicerule/alarm"];
+        assert_eq!(found(r#"["alarm", "", 3, "a/b"]"#), both);
+        assert_eq!(found("alarm"), both[..1]);
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub const REPEAT_INTERVAL_OFFLINE: Duration = Duration::from_secs(600);
 /// Something that happened to an object of this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EventReport {
-    /// Kind of the object: `Pod` or `Node`.
+    /// Kind of the object: `Pod`, `Node` or `DeviceRule`.
     pub kind: &'static str,
     /// `metadata.namespace`, empty for a Node.
     pub namespace: String,
@@ -45,6 +45,12 @@ pub struct EventReport {
     pub reason: String,
     /// Text for people.
     pub message: String,
+}
+
+impl EventReport {
+    fn api_version(&self) -> &'static str {
+        if self.kind == "DeviceRule" { "fleet.skerry.dev/v1alpha1" } else { "v1" }
+    }
 }
 
 #[derive(Debug)]
@@ -178,7 +184,7 @@ fn namespace(report: &EventReport) -> &str {
 fn event(node: &str, known: &Known) -> Value {
     let report = &known.report;
     let mut object = json!({
-        "kind": report.kind, "apiVersion": "v1", "name": report.name, "uid": report.uid,
+        "kind": report.kind, "apiVersion": report.api_version(), "name": report.name, "uid": report.uid,
     });
     if !report.namespace.is_empty() {
         object["namespace"] = json!(report.namespace);

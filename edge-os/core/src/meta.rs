@@ -82,8 +82,16 @@ const UNNAMED_TYPES: [(&str, &str, &str); 7] = [
     ("volumeattachment", "storage.k8s.io/v1", "VolumeAttachment"),
 ];
 /// Types of what the hub gives because the node needs it.
-const PLACED_KINDS: [&str; 7] =
-    ["node", "configmap", "secret", "pod", "devicemodel", "device", "serviceaccountaccess"];
+const PLACED_KINDS: [&str; 8] = [
+    "node",
+    "configmap",
+    "secret",
+    "pod",
+    "devicemodel",
+    "device",
+    "devicerule",
+    "serviceaccountaccess",
+];
 /// Who pushes what the node's own API watches.
 const WATCH_SOURCE: &str = "dynamiccontroller";
 /// Volume requests of the cloud's CSI driver.

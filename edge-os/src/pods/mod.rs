@@ -427,6 +427,31 @@ impl Engine {
         Ok(self.runtime.exec_sync(id, command, timeout).await?)
     }
 
+    /// Stops the running containers of a pod, or of all pods whose names begin with `workload` and a `-`; they start again as
+    /// their pods' restart policies say.
+    pub async fn restart(&self, namespace: &str, workload: &str) -> Result<(), RestartError> {
+        let is_of = |name: &str| {
+            let rest = name.strip_prefix(workload);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+        };
+        let ids: Vec<String> = {
+            let pods = self.board.pods.read().expect("board lock");
+            let pods = pods.values().filter(|pod| pod.namespace == namespace && is_of(&pod.name));
+            let containers = pods.flat_map(|pod| pod.status.container_statuses.iter().flatten());
+            let running = containers
+                .filter(|one| one.state.as_ref().is_some_and(|state| state.running.is_some()));
+            let ids = running.filter_map(|one| one.container_id.as_deref());
+            ids.filter_map(|id| id.strip_prefix(CONTAINER_ID_PREFIX)).map(str::to_owned).collect()
+        };
+        if ids.is_empty() {
+            return Err(RestartError::NotRunning);
+        }
+        for id in ids {
+            self.runtime.stop_container(&id, RESTART_GRACE).await?;
+        }
+        Ok(())
+    }
+
     /// Returns the log file of a container, of the instance before the current one if `previous`.
     /// An empty `container` means the only one of the pod.
     pub fn log_path(
@@ -512,6 +537,18 @@ pub enum ExecError {
     #[error("could not run the command")]
     Runtime(#[from] CriError),
 }
+
+/// Why nothing was restarted.
+#[derive(Debug, thiserror::Error)]
+pub enum RestartError {
+    #[error("no container of it runs on this node")]
+    NotRunning,
+    #[error("could not stop a container")]
+    Runtime(#[from] CriError),
+}
+
+/// What a container is given to end when it is to be restarted.
+const RESTART_GRACE: Duration = Duration::from_secs(30);
 
 /// Names per image in a node's status (kubelet's bound).
 const IMAGE_NAMES_MAX: usize = 5;

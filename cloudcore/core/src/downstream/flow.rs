@@ -311,6 +311,10 @@ impl Downstream {
         if session.is_some_and(|session| session.doubts.contains(key)) {
             return Step::Unknown;
         }
+        // A KubeEdge edge would keep it for ever and do nothing with it.
+        if key.kind() == Kind::DeviceRule && session.is_some_and(Session::is_stock) {
+            return Step::Settled;
+        }
         let known = node.and_then(|node| node.known.get(key));
         let version = match (self.wanted(name, key), known) {
             (Wanted::Unknown, _) => return Step::Unknown,
@@ -362,7 +366,8 @@ impl Downstream {
             return false;
         };
         let is_sent = |known: &Known| known.resource_version.is_some();
-        placed.references.iter().all(|model| node.known.get(model).is_some_and(is_sent))
+        let mut models = placed.references.iter().filter(|key| key.kind() == Kind::DeviceModel);
+        models.all(|model| node.known.get(model).is_some_and(is_sent))
     }
 
     fn render(

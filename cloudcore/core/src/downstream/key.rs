@@ -27,6 +27,8 @@ pub enum Kind {
     DeviceModel,
     /// Devices placed on the node.
     Device,
+    /// Rules that the node's devices name.
+    DeviceRule,
     /// What the service accounts of the node's pods may do, for reads through the node.
     ServiceAccountAccess,
     /// Objects of any kind that an application on the node watches; see [`super::Input::Pushed`].
@@ -35,13 +37,14 @@ pub enum Kind {
 
 impl Kind {
     /// All that are read from the API by a watch of their own: every one but [`Kind::Watched`].
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Node,
         Self::ConfigMap,
         Self::Secret,
         Self::Pod,
         Self::DeviceModel,
         Self::Device,
+        Self::DeviceRule,
         Self::ServiceAccountAccess,
     ];
 
@@ -54,6 +57,7 @@ impl Kind {
             Self::Pod => "pod",
             Self::DeviceModel => "devicemodel",
             Self::Device => "device",
+            Self::DeviceRule => "devicerule",
             Self::ServiceAccountAccess => "serviceaccountaccess",
             Self::Watched => "",
         }
@@ -68,6 +72,7 @@ impl Kind {
             Self::Pod => "Pod",
             Self::DeviceModel => "DeviceModel",
             Self::Device => "Device",
+            Self::DeviceRule => "DeviceRule",
             Self::ServiceAccountAccess => "ServiceAccountAccess",
             Self::Watched => "",
         }
@@ -78,6 +83,7 @@ impl Kind {
         match self {
             Self::Node | Self::ConfigMap | Self::Secret | Self::Pod => "v1",
             Self::DeviceModel | Self::Device => "devices.kubeedge.io/v1beta1",
+            Self::DeviceRule => "fleet.skerry.dev/v1alpha1",
             Self::ServiceAccountAccess => "policy.kubeedge.io/v1alpha1",
             Self::Watched => "",
         }
@@ -97,7 +103,7 @@ impl Kind {
     pub(super) fn source(self) -> &'static str {
         match self {
             Self::Node | Self::ConfigMap | Self::Secret | Self::Pod => "edgecontroller",
-            Self::DeviceModel | Self::Device => "devicecontroller",
+            Self::DeviceModel | Self::Device | Self::DeviceRule => "devicecontroller",
             Self::ServiceAccountAccess => "policycontroller",
             Self::Watched => "dynamiccontroller",
         }

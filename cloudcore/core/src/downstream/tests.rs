@@ -372,7 +372,7 @@ fn nothing_is_judged_before_all_lists_are_complete() {
     hub.connect("edge1", true);
     hub.digest("edge1", &[("default/pod/web", "uid-web", "2"), ("default/pod/gone", "g", "1")]);
     hub.change(Kind::Pod, pod("web", "edge1", 2, &["page"]));
-    for kind in [Kind::DeviceModel, Kind::Device, Kind::ServiceAccountAccess] {
+    for kind in Kind::ALL.into_iter().filter(|kind| kind.is_custom()) {
         hub.input(Input::Unavailable(kind));
     }
     for kind in [Kind::Pod, Kind::Node, Kind::Secret] {
@@ -529,6 +529,40 @@ fn device_waits_for_its_model_and_the_model_leaves_after_it() {
     freed["spec"]["nodeName"] = json!("");
     hub.change(Kind::Device, freed);
     hub.check(&["edge1: delete default/device/d 2", "edge1: delete default/devicemodel/m"]);
+}
+
+#[test]
+fn rules_go_where_a_device_names_them_and_not_to_a_kubeedge_edge() {
+    let named = |node: &str, version, rules: &str| {
+        let mut device = device("d", node, "m", version);
+        device["metadata"]["annotations"] = json!({"fleet.skerry.dev/rules": rules});
+        device
+    };
+    let mut hub = Hub::listed();
+    hub.connect("edge1", true);
+    hub.digest("edge1", &[]);
+    hub.connect("edge2", false);
+    hub.check(&["edge1: response skerry/digest"]);
+    hub.change(Kind::DeviceModel, model("m", 3));
+    hub.change(Kind::DeviceRule, model("alarm", 4));
+    hub.change(Kind::Device, named("edge1", 5, r#"["alarm", "absent"]"#));
+    hub.check(&[
+        "edge1: insert default/devicemodel/m 3",
+        "edge1: insert default/device/d 5",
+        "edge1: insert default/devicerule/alarm 4",
+    ]);
+    hub.change(Kind::DeviceRule, model("alarm", 6));
+    hub.check(&["edge1: update default/devicerule/alarm 6"]);
+    hub.change(Kind::Device, named("edge1", 7, "[]"));
+    hub.check(&["edge1: update default/device/d 7", "edge1: delete default/devicerule/alarm"]);
+    let mut other = named("edge2", 8, r#"["alarm"]"#);
+    other["metadata"]["name"] = "e".into();
+    other["metadata"]["uid"] = "uid-e".into();
+    hub.change(Kind::Device, other);
+    let sent = hub.messages();
+    let resources: Vec<_> = sent.iter().map(|message| &*message.route.resource).collect();
+    assert!(resources.contains(&"default/device/e"), "{resources:?}");
+    assert!(!resources.contains(&"default/devicerule/alarm"), "{resources:?}");
 }
 
 #[test]

@@ -14,8 +14,10 @@
 //!
 //! No I/O, no clock. Caller: [`super::Twin`].
 
+use super::payload::Base;
 use super::value::{Change, Origin, Properties, Refused};
-use super::{Id, Twin};
+use super::{Id, ReportError, Twin};
+use crate::Now;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -91,7 +93,8 @@ impl Policies {
     /// Wishes of clients that hold, and of which the mapper is to hear.
     pub(super) fn overrides(&self, twins: &Properties) -> BTreeMap<String, String> {
         let held = twins.0.iter().filter_map(|(name, property)| {
-            self.of(name).filter(|policy| *policy != Policy::Hub || property.desired.is_none())?;
+            let policy = self.of(name).or(property.by_rule.then_some(Policy::Newest));
+            policy.filter(|policy| *policy != Policy::Hub || property.desired.is_none())?;
             let side = property.expected.as_ref().filter(|_| property.is_overridden())?;
             Some((name.clone(), side.value.clone()))
         });
@@ -115,6 +118,42 @@ impl Twin {
             }
             _ => Ok(None),
         }
+    }
+
+    /// A rule of the node wants this of a property, as a client of the broker would, and its mapper hears of it. An empty
+    /// value takes that back.
+    ///
+    /// # Errors
+    ///
+    /// [`ReportError`]; nothing is changed then.
+    pub fn wish(
+        &mut self,
+        now: Now,
+        id: &str,
+        property: &str,
+        value: &str,
+    ) -> Result<(), ReportError> {
+        let unknown = || ReportError::Unknown(id.into());
+        let (id, device) = self.devices.get_key_value(id).ok_or_else(unknown)?;
+        let id = id.clone();
+        let placed = self.objects.devices.get(&id).ok_or_else(unknown)?;
+        if !placed.names.iter().any(|name| name == property) {
+            return Err(Refused::Absent(property.into()).into());
+        }
+        let of_hub = device.row.twins.0.get(property).and_then(|known| known.desired.clone());
+        let value = match value.is_empty() {
+            true => of_hub.unwrap_or_default(),
+            false => value.to_owned(),
+        };
+        let change = Change { expected: Some(value), ..Change::default() };
+        let changes = BTreeMap::from([(property.to_owned(), Some(change))]);
+        self.update(now, &id, Origin::Client, &changes, &id.clone(), &Base::default())?;
+        let device = self.devices.get_mut(&id);
+        if let Some(known) = device.and_then(|device| device.row.twins.0.get_mut(property)) {
+            known.by_rule = true;
+        }
+        self.tell_overrides(&id);
+        Ok(())
     }
 
     /// Lets the mapper know of wishes at the node that hold now, or do not any more.

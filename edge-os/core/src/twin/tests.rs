@@ -614,6 +614,42 @@ fn info() -> Info {
 }
 
 #[test]
+fn what_a_rule_sets_reaches_the_mapper_until_it_is_taken_back() {
+    let mut world = world_with_boiler();
+    let mut mapper = Mapper::default();
+    world.twin.register_mapper(info(), false).expect("registered");
+    world.settle();
+    let mut told = |world: &mut World| {
+        while let Some(call) = world.twin.poll_call(world.now.mono) {
+            let what = mapper.call(&call);
+            let (protocol, number) = (call.protocol, call.number);
+            world.give(Input::Called { protocol, number, what });
+        }
+        let value = &mapper.devices[ID]["spec"]["properties"][1]["desired"]["value"];
+        value.as_str().expect("a text").to_owned()
+    };
+    let wish = |world: &mut World, property: &str, value: &str| {
+        let done = world.twin.wish(world.now, ID, property, value);
+        world.settle();
+        done
+    };
+    assert_eq!(told(&mut world), "4");
+    wish(&mut world, "s", "0").expect("taken");
+    assert_eq!(told(&mut world), "0");
+    world.restart(false);
+    assert_eq!(told(&mut world), "0");
+    wish(&mut world, "s", "").expect("taken");
+    assert_eq!(told(&mut world), "4");
+    assert!(wish(&mut world, "x", "0").expect_err("unknown").to_string().contains("`x`"));
+    assert!(world.twin.wish(world.now, "plant/kettle", "s", "0").is_err());
+    let mut strict = device("boiler", 6, "4");
+    strict["metadata"]["annotations"] = json!({policy::ANNOTATION: r#"{"s": "hub"}"#});
+    world.object("plant/device/boiler", strict);
+    let refused = wish(&mut world, "s", "0").expect_err("the hub decides").to_string();
+    assert!(refused.contains("the hub decides"), "{refused}");
+}
+
+#[test]
 fn whoever_follows_hears_every_report_also_of_the_same_value() {
     let mut world = world_with_boiler();
     world.report(ID, "t", "1");

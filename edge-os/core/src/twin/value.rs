@@ -57,6 +57,9 @@ pub struct Property {
     /// A client of the broker set `expected` since the hub did.
     #[serde(rename = "local", default, skip_serializing_if = "std::ops::Not::not")]
     pub is_local: bool,
+    /// A rule of the node set `expected` some time, so the mapper hears of what is set here.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub by_rule: bool,
     /// What the hub wanted last; stays when somebody set something else here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub desired: Option<String>,
@@ -87,6 +90,7 @@ impl Default for Property {
             observed: None,
             actual: None,
             is_local: false,
+            by_rule: false,
             desired: None,
             optional: true,
             kind: string(),
