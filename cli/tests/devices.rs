@@ -258,6 +258,20 @@ async fn a_device_converges_between_the_api_and_the_broker_through_cuts_and_a_re
     }
     let log = std::fs::read_to_string(dir.path().join("edge/rules.log")).expect("a log");
     assert!(log.contains("RuleBegan") && log.contains("RuleActed"), "{log}");
+    let events: Api<k8s_openapi::api::core::v1::Event> = Api::all(admin.clone());
+    let told = async {
+        loop {
+            let all = events.list(&Default::default()).await.expect("listed");
+            let has = |reason: &str| {
+                all.items.iter().any(|event| event.reason.as_deref() == Some(reason))
+            };
+            if has("RuleBegan") && has("RuleActed") {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, told).await.expect("the cluster is told");
 
     // A device that the cluster deletes is gone at the node.
     objects(&admin, &devices)

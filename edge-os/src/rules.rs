@@ -33,11 +33,13 @@ pub(crate) enum Doing {
 pub(crate) struct Ruler {
     pub(crate) rules: Rules,
     log: Log,
+    node: String,
 }
 
 impl Ruler {
-    pub(crate) fn new(dir: &Path) -> Self {
-        Self { rules: Rules::default(), log: Log { path: dir.join("rules.log"), failed: false } }
+    pub(crate) fn new(node: &str, dir: &Path) -> Self {
+        let log = Log { path: dir.join("rules.log"), failed: false };
+        Self { rules: Rules::default(), log, node: node.into() }
     }
 
     /// The node has this object now, or has it no more.
@@ -79,7 +81,7 @@ impl Ruler {
     }
 
     fn told(&mut self, told: &Told) -> Doing {
-        let Told { rule, uid, warning, reason, message } = told;
+        let Told { rule, warning, reason, message, .. } = told;
         match warning {
             true => tracing::warn!(rule = &**rule, reason, message, "a rule of this node"),
             false => tracing::info!(rule = &**rule, reason, message, "a rule of this node"),
@@ -87,16 +89,16 @@ impl Ruler {
         self.log.write(&json!({
             "at": Timestamp::now().to_string(), "rule": &**rule, "reason": reason, "message": message,
         }));
-        let (namespace, name) = rule.split_once('/').unwrap_or_default();
+        // A hub takes events about the node and its pods, and about nothing else.
         Doing::Tell(Box::new(EventReport {
-            kind: "DeviceRule",
-            namespace: namespace.into(),
-            name: name.into(),
-            uid: uid.clone(),
+            kind: "Node",
+            namespace: String::new(),
+            name: self.node.clone(),
+            uid: self.node.clone(),
             field_path: String::new(),
             warning: *warning,
             reason: (*reason).into(),
-            message: message.clone(),
+            message: format!("rule {rule}: {message}"),
         }))
     }
 }
@@ -135,7 +137,7 @@ mod tests {
     #[test]
     fn what_a_rule_does_is_told_and_written_down_within_a_bound() {
         let dir = tempfile::tempdir().expect("a directory");
-        let mut ruler = Ruler::new(dir.path());
+        let mut ruler = Ruler::new("edge1", dir.path());
         let path = ResourcePath::new("a", "devicerule", "alarm").expect("a path");
         let rule = json!({"metadata": {"name": "alarm", "uid": "u"}, "spec": {
             "when": {"device": "fridge", "property": "t", "above": 8},
@@ -146,7 +148,7 @@ mod tests {
         let Some(Doing::Tell(report)) = ruler.poll() else { panic!("it is told") };
         assert_eq!(
             (report.reason.as_str(), report.message.as_str()),
-            ("RuleBegan", "fridge t is 9")
+            ("RuleBegan", "rule a/alarm: fridge t is 9")
         );
         let Some(Doing::Set { device, value, .. }) = ruler.poll() else { panic!("it is set") };
         assert_eq!((device.as_str(), value.as_str()), ("a/lamp", "on"));

@@ -145,7 +145,7 @@ pub(crate) async fn run(parts: Parts, stop: CancellationToken) {
         uploads_dropped: 0,
         dropped_told: 0,
         keeper: history.map(|config| Keeper::new(&config, &dir)),
-        ruler: Ruler::new(&dir),
+        ruler: Ruler::new(&node, &dir),
     };
     let inbox = Inbox { events, from_bus, from_mappers, from_probes, asks };
     owner.run(inbox, stop).await;
