@@ -53,7 +53,7 @@ async fn create(admin: &kube::Client, kind: &str, plural: &str, object: Value) {
 
 /// Says what the temperature was, until the node knows the device.
 async fn report(socket: &Path, value: &str, at_ms: i64) {
-    let mut client = DeviceManagerServiceClient::new(skerry_dmi::connect(socket.to_owned()));
+    let mut client = DeviceManagerServiceClient::new(skerry_dmi::connect(socket));
     let metadata = [("timestamp".to_owned(), at_ms.to_string())].into();
     let reported = Some(TwinProperty { value: value.into(), metadata });
     let twin = Twin { property_name: "temperature".into(), reported, observed_desired: None };

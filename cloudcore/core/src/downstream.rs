@@ -307,6 +307,8 @@ pub struct Downstream {
     /// Objects that a read did not find, with its version, until the watch of the kind is as far: one that lags behind
     /// may still tell of them. At most [`ABSENT_MAX`] of a kind.
     absent: BTreeMap<Kind, BTreeMap<Key, u64>>,
+    /// Pods that a read has shown to be gone, by their uids, likewise.
+    gone: BTreeMap<(Key, Arc<str>), u64>,
     /// Connections in [`Phase::AwaitingDigest`], by when that ends.
     awaiting_digest: BTreeSet<(Instant, Arc<str>)>,
     /// Nodes that have records and seem to be gone, and are being read.
@@ -576,6 +578,20 @@ impl Downstream {
                 if absent.get(&key).is_some_and(|at| version <= *at) {
                     return;
                 }
+            }
+            if kind == Kind::Pod && !self.gone.is_empty() {
+                self.gone.retain(|_, at| *at > progress);
+                let uid = object["metadata"]["uid"].as_str().unwrap_or_default();
+                if self.gone.contains_key(&(key.clone(), uid.into())) {
+                    return;
+                }
+            }
+            // A read has shown a later one, perhaps another object under the name, on another node.
+            let is_newer = |placed: &Placed| {
+                number(&placed.version.resource_version).is_some_and(|of| of > version)
+            };
+            if self.placed.get(&key).is_some_and(is_newer) {
+                return;
             }
             if kind == Kind::Pod
                 && let Some(node) = object["spec"]["nodeName"].as_str()
@@ -848,12 +864,8 @@ impl Downstream {
         self.show(key.kind(), at);
         // What the watch has said up to the read is old, whatever it was.
         let is_newer = |of: &Version| number(&of.resource_version).is_some_and(|of| of > at);
-        if object.is_none() && self.progress.get(&key.kind()).is_none_or(|of| *of < at) {
-            let absent = self.absent.entry(key.kind()).or_default();
-            absent.insert(key.clone(), at);
-            if absent.len() > ABSENT_MAX {
-                absent.pop_first();
-            }
+        if object.is_none() {
+            self.note_absent(key, at);
         }
         if self.collecting.remove(key) && object.is_none() {
             let name = self.intern_node(key.name());
@@ -864,7 +876,10 @@ impl Downstream {
         match key.kind() {
             Kind::Node => self.fetched_node(key, object, is_newer),
             Kind::Pod | Kind::Device => match object {
-                Some(object) => self.change_placed(key.clone(), object),
+                Some(object) => {
+                    self.note_gone(key, object["metadata"]["uid"].as_str(), at);
+                    self.change_placed(key.clone(), object);
+                }
                 None => {
                     if self.placed.get(key).is_some_and(|placed| !is_newer(&placed.version)) {
                         self.displace(key, None);
@@ -892,6 +907,33 @@ impl Downstream {
             }
         }
         self.end_doubt(key);
+    }
+
+    /// A read at version `at` did not find it: what a watch that is not as far says of it is old.
+    fn note_absent(&mut self, key: &Key, at: u64) {
+        if self.progress.get(&key.kind()).is_some_and(|of| *of >= at) {
+            return;
+        }
+        let absent = self.absent.entry(key.kind()).or_default();
+        absent.insert(key.clone(), at);
+        if absent.len() > ABSENT_MAX {
+            absent.pop_first();
+        }
+    }
+
+    /// A read at version `at` has shown `successor` or nothing where another object was placed: that one is gone for good,
+    /// whatever a watch that is not as far says of it. It may name it only after the successor has gone as well.
+    fn note_gone(&mut self, key: &Key, successor: Option<&str>, at: u64) {
+        let Some(placed) = self.placed.get(key) else { return };
+        let uid = &placed.version.uid;
+        let is_behind = self.progress.get(&key.kind()).is_none_or(|of| *of < at);
+        if key.kind() != Kind::Pod || successor == Some(&**uid) || !is_behind {
+            return;
+        }
+        self.gone.insert((key.clone(), Arc::clone(uid)), at);
+        if self.gone.len() > ABSENT_MAX {
+            self.gone.pop_first();
+        }
     }
 
     fn fetched_node(
@@ -971,6 +1013,7 @@ impl Downstream {
                 continue;
             }
             listed.insert(key.clone());
+            self.note_gone(&key, Some(text("uid")), at);
             self.change_placed(key, pod);
         }
         self.show(Kind::Pod, at);
@@ -984,6 +1027,7 @@ impl Downstream {
             };
             let gone: Vec<Key> = node.placed.iter().filter(is_old).cloned().collect();
             for key in gone {
+                self.note_gone(&key, None, at);
                 self.displace(&key, None);
             }
         }
