@@ -48,6 +48,9 @@ pub(crate) struct CloudCoreArgs {
     /// How many nodes may connect a second before more are told to come back later; twice as many at once
     #[arg(long, default_value_t = skerry_cloudcore::ADMISSION_RATE.per_s, value_parser = clap::value_parser!(u32).range(1..))]
     connections_per_second: u32,
+    /// Folder with versions of the appliance's OS, as `skerry image publish` fills it; nodes fetch from it
+    #[arg(long)]
+    os_store: Option<PathBuf>,
     /// Name or address under which nodes reach this program; may be repeated
     #[arg(long, required = true)]
     advertise: Vec<String>,
@@ -125,7 +128,7 @@ pub(crate) async fn cloudcore(
         enrol: args.enrol_listen,
         tunnel: args.tunnel_listen,
         advertise: args.advertise,
-        dir: None,
+        os_store: args.os_store,
         node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
         shared_token: args.kubeedge_shared_token,
         router: args.router_listen.0,

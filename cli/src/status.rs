@@ -3,6 +3,7 @@
 use crate::fault::hinted;
 use crate::{Output, cluster, out, table};
 use anyhow::Result;
+use skerry_api::fleet::v1alpha1::SiteOs;
 use skerry_reconciler::{FleetStatus, status};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -68,11 +69,12 @@ fn print(fleet: &FleetStatus) -> Result<()> {
             row.health.clone(),
             nodes,
             network.unwrap_or_else(|| "-".into()),
+            row.os.as_ref().map_or_else(|| "-".into(), os),
             row.age.clone(),
             row.message.clone(),
         ]
     });
-    let header = ["SITE", "HEALTH", "NODES", "NETWORK", "AGE", "MESSAGE"];
+    let header = ["SITE", "HEALTH", "NODES", "NETWORK", "OS", "AGE", "MESSAGE"];
     table::print(&header, &sites.collect::<Vec<_>>())?;
     out::line("")?;
     let releases = fleet.releases.iter().map(|row| {
@@ -88,6 +90,15 @@ fn print(fleet: &FleetStatus) -> Result<()> {
     });
     let header = ["SITE", "APP", "REVISION", "PODS", "HEALTH", "AGE", "MESSAGE"];
     table::print(&header, &releases.collect::<Vec<_>>())
+}
+
+/// The version that a site should run, and on how many of its appliances it does.
+fn os(os: &SiteOs) -> String {
+    let SiteOs { version, nodes_current, nodes_total, .. } = os;
+    match nodes_current == nodes_total {
+        true => version.clone(),
+        false => format!("{version} ({nodes_current}/{nodes_total})"),
+    }
 }
 
 fn short(revision: Option<&str>) -> &str {

@@ -71,6 +71,10 @@ pub(crate) struct Args {
     /// use the hub's WebSocket only
     #[arg(long, value_delimiter = ',')]
     node_endpoints: Option<Vec<SocketAddr>>,
+    /// Folder with versions of the appliance's OS, as `skerry image publish` fills it (default: `os` in the folder of
+    /// everything)
+    #[arg(long)]
+    os_store: Option<PathBuf>,
     /// Another name or address under which nodes reach this program; may be repeated
     #[arg(long)]
     advertise: Vec<String>,
@@ -181,7 +185,7 @@ impl Stack {
                 tunnel: free(args.tunnel_listen),
                 advertise: [&["localhost".into(), "127.0.0.1".into()][..], &args.advertise]
                     .concat(),
-                dir: None,
+                os_store: Some(args.os_store.clone().unwrap_or_else(|| dir.join("os"))),
                 node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
                 shared_token: args.kubeedge_shared_token,
                 router: args.router_listen.0.map(free),

@@ -123,7 +123,7 @@ async fn what_a_device_was_is_asked_from_its_node_and_outlives_a_restart() {
         enrol: ANY.into(),
         tunnel: ANY.into(),
         advertise: vec!["127.0.0.1".into()],
-        dir: None,
+        os_store: None,
         node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
         shared_token: false,
         router: None,

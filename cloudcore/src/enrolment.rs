@@ -1,4 +1,5 @@
-//! The enrolment listener: CA certificate, node certificates, whether a node exists, and reports of node jobs.
+//! The enrolment listener: CA certificate, node certificates, whether a node exists, reports of node jobs, and versions of
+//! the appliance's OS ([`os`]).
 //!
 //! Paths, methods and texts are KubeEdge's, so that `keadm join` and Go EdgeCore work with it. A certificate is given
 //! for a join token, or for the node's current certificate, which may have expired (amnesty, [`crate::gate`]). The
@@ -12,7 +13,7 @@
 use crate::authority::Authority;
 use crate::gate::Gate;
 use crate::renewal::{Edge, Issuing};
-use crate::{tls, token};
+use crate::{os, tls, token};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
@@ -39,6 +40,8 @@ use tokio_util::sync::CancellationToken;
 const REPORT_LEN_MAX: usize = 3 * 1024 * 1024;
 /// A connection may not take longer than this as a whole; joining takes two short requests.
 const CONNECTION_MAX: Duration = Duration::from_secs(60);
+/// The same for a node with a certificate that counts, which may be fetching an OS over a thin line.
+const NODE_CONNECTION_MAX: Duration = Duration::from_secs(3600);
 
 /// What a node, or `keadm` on it, reports about a job over HTTPS.
 #[derive(Debug, Clone, PartialEq)]
@@ -74,6 +77,8 @@ pub(crate) struct Inner {
     pub(crate) shared_token: bool,
     /// Where reports of jobs go; without it they are answered 501.
     pub(crate) jobs: Option<Arc<dyn JobReports>>,
+    /// Versions of the appliance's OS; without it there are none.
+    pub(crate) os: Option<os::Store>,
     pub(crate) stop: CancellationToken,
 }
 
@@ -119,6 +124,10 @@ impl Enrolment {
             .and_then(|chain| chain.first())
             .map(|certificate| certificate.clone().into_owned());
         let stop = self.0.stop.clone();
+        let limit = match self.certified(certificate.as_ref()) {
+            Some(_) => NODE_CONNECTION_MAX,
+            None => CONNECTION_MAX,
+        };
         let service = service_fn(move |request| {
             let (enrolment, certificate) = (self.clone(), certificate.clone());
             async move {
@@ -134,7 +143,7 @@ impl Enrolment {
         let connection = builder.serve_connection(TokioIo::new(stream), service);
         tokio::select! {
             () = stop.cancelled() => {}
-            () = tokio::time::sleep(CONNECTION_MAX) => {}
+            () = tokio::time::sleep(limit) => {}
             ended = connection => if let Err(error) = ended {
                 tracing::debug!(%peer, %error, "an enrolment connection ended badly");
             },
@@ -148,6 +157,16 @@ impl Enrolment {
         peer: SocketAddr,
     ) -> Answer {
         let path = request.uri().path().to_owned();
+        if path.split('/').nth(1) == Some(os::PREFIX) {
+            return match (&self.0.os, self.certified(certificate)) {
+                _ if request.method() != Method::GET => {
+                    text(StatusCode::METHOD_NOT_ALLOWED, "405: Method Not Allowed")
+                }
+                (_, None) => os::unknown_peer(),
+                (None, Some(_)) => os::no_store(),
+                (Some(store), Some(_)) => store.answer(&request).await,
+            };
+        }
         let Some((ask, method)) = Ask::of_path(&path) else {
             return text(StatusCode::NOT_FOUND, "404 page not found");
         };
@@ -258,11 +277,7 @@ impl Enrolment {
             let reason = "this cloudcore takes no reports of node jobs over HTTPS";
             return Err(text(StatusCode::NOT_IMPLEMENTED, reason));
         };
-        let certified = certificate.and_then(|certificate| {
-            tls::verify_client(&self.0.authority, certificate).ok()?;
-            let peer = tls::peer(&self.0.authority, Some(std::slice::from_ref(certificate)))?;
-            self.0.gate.check(&peer).is_ok().then_some(peer.node)
-        });
+        let certified = self.certified(certificate);
         let body = Limited::new(request.into_body(), REPORT_LEN_MAX).collect().await;
         let body = body.map_err(|error| bad(&format!("the report did not arrive: {error}")))?;
         let body: Value = serde_json::from_slice(&body.to_bytes())
@@ -285,6 +300,14 @@ impl Enrolment {
             .await
             .map_err(|reason| bad(&reason))?;
         Ok(text(StatusCode::OK, "ok"))
+    }
+
+    /// The node whose certificate this is, if it counts now.
+    fn certified(&self, certificate: Option<&CertificateDer<'_>>) -> Option<String> {
+        let certificate = certificate?;
+        tls::verify_client(&self.0.authority, certificate).ok()?;
+        let peer = tls::peer(&self.0.authority, Some(std::slice::from_ref(certificate)))?;
+        self.0.gate.check(&peer).is_ok().then_some(peer.node)
     }
 
     async fn node(&self, name: &str) -> Answer {

@@ -11,7 +11,7 @@
 //! - `listen`: TLS connections. `admission`: which of them may become links, and when. `transport`, `websocket`, `quic`:
 //!   what carries a link. `session`: one node's link. `monitor`: what an operator sees of them.
 //! - `hub`: the one task that owns what every node should have. `watch`: what feeds it. `upstream`: what a node asks for.
-//! - `tunnel`: log streams. `heap`: memory that a long message took is given back.
+//! - `tunnel`: log streams. `os`: versions of the appliance's OS. `heap`: memory that a long message took is given back.
 
 mod admission;
 mod api;
@@ -27,6 +27,7 @@ mod leases;
 mod listen;
 mod monitor;
 mod objectsync;
+mod os;
 mod quic;
 mod renewal;
 mod router;
@@ -87,8 +88,9 @@ pub struct Config {
     pub admission: Rate,
     /// DNS names and addresses in the server certificate. A node refuses a server that it did not reach under one.
     pub advertise: Vec<String>,
-    /// Not used: everything that lasts is in the cluster.
-    pub dir: Option<PathBuf>,
+    /// Folder with versions of the appliance's OS, as `skerry image publish` fills it; nodes with a certificate fetch from
+    /// it at the enrolment's address. `None` for none. Everything else that lasts is in the cluster.
+    pub os_store: Option<PathBuf>,
     /// Life of the certificates of our own edges, [`NODE_CERTIFICATE_TTL`] by default; those of KubeEdge's edges live
     /// for a year.
     pub node_certificate_ttl: Duration,
@@ -301,6 +303,7 @@ impl CloudCore {
             issuing,
             shared_token: config.shared_token,
             jobs: Some(Arc::new(jobs)),
+            os: config.os_store.map(os::Store::new),
             stop: stop.clone(),
         });
         tasks.spawn(listen::accept(

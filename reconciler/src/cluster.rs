@@ -7,6 +7,7 @@ use kube::api::{
 use kube::core::GroupVersionKind;
 use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
+use skerry_api::fleet::os::ORDER_ANNOTATION;
 use skerry_api::fleet::v1alpha1::{APP_LABEL, MANAGED_BY, MANAGED_BY_LABEL, SITE_LABEL};
 use skerry_reconciler_core::{ObjectId, ReleaseKey, has_wishes, keep_wishes};
 use std::collections::HashMap;
@@ -287,14 +288,17 @@ impl Cluster {
         }
     }
 
-    /// Sets or removes the site label of a node that exists. A merge patch, because an apply would create the node.
-    pub(crate) async fn label_node(
-        &self,
-        node: &str,
-        site: Option<&str>,
-    ) -> Result<(), ClusterError> {
+    /// Changes the marks of a node that exists. A merge patch, because an apply would create the node.
+    pub(crate) async fn mark_node(&self, node: &str, marks: &Marks) -> Result<(), ClusterError> {
         let api: Api<k8s_openapi::api::core::v1::Node> = Api::all(self.client.clone());
-        let patch = json!({"metadata": {"labels": {SITE_LABEL: site}}});
+        let mut metadata = json!({});
+        if let Some(site) = &marks.site {
+            metadata["labels"] = json!({SITE_LABEL: site});
+        }
+        if let Some(os) = &marks.os {
+            metadata["annotations"] = json!({ORDER_ANNOTATION: os});
+        }
+        let patch = json!({"metadata": metadata});
         let params =
             PatchParams { field_manager: Some(NODE_MANAGER.to_owned()), ..PatchParams::default() };
         within(api.patch_metadata(node, &params, &Patch::Merge(patch))).await.map(drop)
@@ -313,6 +317,15 @@ impl Cluster {
         let value = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}});
         self.apply(&ObjectId::new("v1", "Namespace", "", name), &value, false).await.map(drop)
     }
+}
+
+/// What changes at a node; the outer `None` leaves a mark as it is, the inner one takes it away.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Marks {
+    /// The label of its site.
+    pub(crate) site: Option<Option<String>>,
+    /// The annotation with the OS that it should run.
+    pub(crate) os: Option<Option<String>>,
 }
 
 /// Bounds a request in time.

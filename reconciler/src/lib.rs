@@ -15,6 +15,7 @@ mod directory;
 mod driver;
 mod git;
 mod live;
+mod os;
 mod qualification;
 mod release;
 mod report;

@@ -5,7 +5,7 @@ use kube::api::{Api, ListParams};
 use kube::{Client, ResourceExt};
 use serde::Serialize;
 use skerry_api::fleet::v1alpha1::{
-    FLEET_NAME, Fleet, Problem, Release, SYSTEM_NAMESPACE, Site, SiteNetwork,
+    FLEET_NAME, Fleet, Problem, Release, SYSTEM_NAMESPACE, Site, SiteNetwork, SiteOs,
 };
 use skerry_reconciler_core::health::age;
 use std::time::Duration;
@@ -52,6 +52,9 @@ pub struct SiteRow {
     /// The network that it gets, when it asks for one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<SiteNetwork>,
+    /// The OS that its nodes should run, when it follows a channel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub os: Option<SiteOs>,
 }
 
 /// One app on one site.
@@ -132,9 +135,13 @@ pub async fn status(client: Client) -> Result<FleetStatus, StatusError> {
                     Some(network) if network.stopped => {
                         format!("stopped at the gate: {}", network.message)
                     }
-                    _ => status.message,
+                    _ => match status.os.as_ref().filter(|os| os.hint.is_some()) {
+                        Some(os) => format!("{}; OS: {}", status.message, os.message),
+                        None => status.message,
+                    },
                 },
                 network: status.network,
+                os: status.os,
             }
         })
         .collect();

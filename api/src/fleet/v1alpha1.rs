@@ -5,13 +5,15 @@
 //! | [`Fleet`] | `fleet.yaml`; status in the cluster, [`SYSTEM_NAMESPACE`] | what holds for all sites |
 //! | [`Site`] | `sites/*.yaml`; status in the cluster, namespace `site-<name>` | one place with its nodes |
 //! | [`App`] | `apps/<folder>/app.yaml` | what runs, and on which sites |
-//! | [`OsRelease`] | `os/*.yaml` | an OS image channel; read, not acted on yet |
+//! | [`OsReleaseFile`] | `os/*.yaml` | a channel of the appliance's OS, see [`super::os`] |
 //! | [`NodeQualification`] | the cluster, named like its node | what the node's kernel was seen to carry |
 //! | [`Release`] | the cluster, namespace `site-<name>` | one app on one site: what was applied, and how it fares |
 //!
 //! The types named `*File` are what Git holds: unknown fields are refused, so that a typing error is an error.
 
 use super::Span;
+use super::os::OsPolicy;
+pub use super::os::OsReleaseSpec;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -146,6 +148,9 @@ pub struct SiteDefaults {
     /// See [`SiteSpec::os_channel`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub os_channel: Option<String>,
+    /// See [`SiteSpec::os`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub os: Option<OsPolicy>,
 }
 
 /// `sites/*.yaml`.
@@ -180,9 +185,12 @@ pub struct SiteSpec {
     /// `auto`, which takes the best that they do. Default: none is asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cni: Option<String>,
-    /// OS image channel of the site's nodes; recorded, not acted on yet.
+    /// OS channel of the site's nodes, a name of `os/*.yaml`. Default: none; their OS is left alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub os_channel: Option<String>,
+    /// When the site's nodes may change their OS. Default: the fleet's, as a whole, else always.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub os: Option<OsPolicy>,
 }
 
 /// `apps/<folder>/app.yaml`.
@@ -315,7 +323,7 @@ pub struct Manifests {
     pub path: String,
 }
 
-/// `os/*.yaml`. Read and checked; nothing acts on it yet.
+/// `os/*.yaml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct OsReleaseFile {
@@ -325,21 +333,8 @@ pub struct OsReleaseFile {
     pub kind: String,
     /// The channel's name.
     pub metadata: FileMeta,
-    /// The image.
+    /// The version that the channel stands for.
     pub spec: OsReleaseSpec,
-}
-
-/// The image that a channel stands for.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct OsReleaseSpec {
-    /// Image reference.
-    pub image: String,
-    /// `sha256:…` of the image.
-    pub digest: String,
-    /// Not yet: waves and gates.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rollout: Option<Value>,
 }
 
 /// The fleet as the reconciler sees it: the object [`FLEET_NAME`] in [`SYSTEM_NAMESPACE`].
@@ -453,6 +448,30 @@ pub struct SiteStatus {
     /// The site's network, when it asks for one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<SiteNetwork>,
+    /// The site's OS, when it follows a channel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub os: Option<SiteOs>,
+}
+
+/// The OS that a site's nodes should run.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SiteOs {
+    /// The channel.
+    pub channel: String,
+    /// The version that it stands for; empty when there is no such channel.
+    pub version: String,
+    /// Nodes that run it.
+    pub nodes_current: i64,
+    /// Nodes that are appliances.
+    pub nodes_total: i64,
+    /// Whether the version is kept from the site.
+    pub stopped: bool,
+    /// A sentence about it.
+    pub message: String,
+    /// What a person can do; only when something is wrong.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
 }
 
 /// The network that a site gets.
@@ -741,7 +760,7 @@ pub fn crds() -> Vec<Value> {
         "properties": {
             "nodes": {"type": "array", "x-kubernetes-list-type": "atomic", "items": text()},
             "vars": anything(),
-            "offlineBudget": text(), "cni": text(), "osChannel": text(),
+            "offlineBudget": text(), "cni": text(), "osChannel": text(), "os": anything(),
         },
     });
     let site_status = json!({
@@ -752,6 +771,13 @@ pub fn crds() -> Vec<Value> {
                 "type": "object",
                 "properties": {
                     "cni": text(), "proxy": text(), "stopped": {"type": "boolean"}, "message": text(), "hint": text(),
+                },
+            },
+            "os": {
+                "type": "object",
+                "properties": {
+                    "channel": text(), "version": text(), "nodesCurrent": number(), "nodesTotal": number(),
+                    "stopped": {"type": "boolean"}, "message": text(), "hint": text(),
                 },
             },
         },
@@ -806,6 +832,7 @@ pub fn crds() -> Vec<Value> {
             vec![
                 column("Health", ".status.health"),
                 column("Network", ".status.network.cni"),
+                column("OS", ".status.os.version"),
                 column("Message", ".status.message"),
                 age(),
             ],

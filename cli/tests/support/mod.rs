@@ -41,7 +41,7 @@ pub(crate) async fn start_cloud(
         enrol,
         tunnel: ANY.into(),
         advertise: vec!["127.0.0.1".into()],
-        dir: None,
+        os_store: None,
         node_certificate_ttl: ttl,
         shared_token: false,
         router: None,

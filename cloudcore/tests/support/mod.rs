@@ -217,7 +217,7 @@ fn config(advertise: &[&str]) -> Config {
         enrol: ANY.into(),
         tunnel: ANY.into(),
         advertise: advertise.iter().map(|name| (*name).into()).collect(),
-        dir: None,
+        os_store: None,
         node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
         shared_token: false,
         router: None,

@@ -12,6 +12,7 @@ pub mod lease;
 pub mod logs;
 pub mod meta;
 pub mod node;
+pub mod os;
 pub mod outbox;
 pub mod pods;
 pub mod rules;

@@ -13,6 +13,7 @@ mod devices;
 pub mod health;
 pub mod network;
 mod object;
+pub mod os;
 mod plan;
 mod render;
 mod repository;

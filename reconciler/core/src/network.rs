@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 /// `spec.cni` of a site that takes what its nodes carry best.
 pub const AUTO: &str = "auto";
 /// Nodes that a message names; the others are counted.
-const NODES_NAMED_MAX: usize = 3;
+pub(crate) const NODES_NAMED_MAX: usize = 3;
 
 /// Whether a node carries a network. From good to bad.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -9,6 +9,7 @@
 
 use crate::devices;
 use crate::object::{Digest, ObjectId, is_cluster_scoped};
+use crate::os;
 use crate::repository::{AppEntry, OFFLINE_BUDGET, Repository, documents, place, problem};
 use crate::source::Source;
 use crate::vars::{Scope, substitute};
@@ -65,6 +66,8 @@ pub struct RenderedSite {
     pub spec: SiteSpec,
     /// How long it may be silent.
     pub offline_budget: Duration,
+    /// What its nodes should run, when it follows a channel.
+    pub os: Option<os::Target>,
 }
 
 /// A render in which every source was read; only such a render may lead to a prune.
@@ -190,6 +193,7 @@ pub fn render(source: &Source) -> Rendered {
     };
     let defaults = &fleet.spec.defaults;
     let mut sites = BTreeMap::new();
+    let mut os_problems = Vec::new();
     for entry in repository.sites.iter().filter(|entry| entry.usable) {
         let spec = &entry.site.spec;
         let offline_budget = spec.offline_budget.or(defaults.offline_budget);
@@ -199,8 +203,19 @@ pub fn render(source: &Source) -> Rendered {
             offline_budget,
             cni: spec.cni.clone().or_else(|| defaults.cni.clone()),
             os_channel: spec.os_channel.clone().or_else(|| defaults.os_channel.clone()),
+            os: spec.os.clone().or_else(|| defaults.os.clone()),
         };
+        let (os, problem) =
+            repository.channels.target(spec.os_channel.as_deref(), spec.os.as_ref());
+        // Where it stands: in the site's file, unless it is the fleet's word.
+        let own = entry.site.spec.os_channel.is_some() || entry.site.spec.os.is_some();
+        os_problems.extend(problem.map(|problem| Problem {
+            file: if own { entry.file.clone() } else { "fleet.yaml".into() },
+            site: own.then(|| entry.site.metadata.name.clone()),
+            ..problem
+        }));
         let site = RenderedSite {
+            os,
             labels: entry.site.metadata.labels.clone(),
             spec,
             offline_budget: offline_budget.map_or(OFFLINE_BUDGET, |span| span.0),
@@ -264,6 +279,7 @@ pub fn render(source: &Source) -> Rendered {
         .iter()
         .cloned()
         .chain(unplaced.flat_map(|app| app.broken.clone()))
+        .chain(os_problems)
         .collect();
     Rendered {
         fleet: Some(fleet.metadata.name.clone()),

@@ -4,6 +4,7 @@
 //! problem too, never something silently left out.
 
 use crate::devices::Devices;
+use crate::os::Channels;
 use crate::source::{File, PROFILES, Source};
 use crate::suggest::nearest;
 use crate::typed::from_node;
@@ -35,6 +36,7 @@ pub struct Repository {
     /// The fleet's own profiles, by path.
     pub profiles: BTreeMap<String, String>,
     pub(crate) devices: Devices,
+    pub(crate) channels: Channels,
     /// What is wrong, in the order of files.
     pub problems: Vec<Problem>,
     /// Whether every file that names a site or an app could be read. Only then is a name that is absent here gone.
@@ -75,6 +77,7 @@ impl Repository {
         let fleet = reader.fleet();
         let mut sites = reader.sites();
         let mut apps = reader.apps();
+        let channels = reader.channels();
         reader.others();
         let profiles = reader.profiles();
         reader.unique_sites(&mut sites);
@@ -89,6 +92,7 @@ impl Repository {
             apps,
             profiles,
             devices,
+            channels,
             problems: reader.problems,
             names_complete: reader.names_complete,
         }
@@ -253,24 +257,25 @@ impl Reader<'_> {
         apps
     }
 
-    /// Kinds that are checked or known but that nothing acts on yet.
-    fn others(&mut self) {
+    fn channels(&mut self) -> Channels {
+        let mut channels = Channels::default();
         for (path, file) in self.source.under("os/") {
             for (node, release) in self.typed::<OsReleaseFile>(path, file, "OsRelease") {
-                if !release.spec.digest.starts_with("sha256:") {
-                    let at = node
-                        .get("spec")
-                        .and_then(|spec| spec.get("digest"))
-                        .map_or(node.at, |node| node.at);
-                    self.problems.push(problem(
-                        path,
-                        at,
-                        "`digest` has to start with `sha256:`",
-                        None,
-                    ));
-                }
+                let at = name_position(&node);
+                let name = release.metadata.name;
+                let wrong = match name_fault(&name, APP_NAME_MAX) {
+                    Some(message) => Some(problem(path, at, &message, None)),
+                    None => not_yet(path, &node, "rollout")
+                        .or_else(|| channels.add(path, at, &name, release.spec)),
+                };
+                self.problems.extend(wrong);
             }
         }
+        channels
+    }
+
+    /// What is known but not acted on yet.
+    fn others(&mut self) {
         if let Some((path, _)) = self.source.under("secrets/").next() {
             let message =
                 "encrypted secrets are not supported yet; files in `secrets/` are not applied";

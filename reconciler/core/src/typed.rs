@@ -239,7 +239,7 @@ mod tests {
             &format!("{SITE}  node: [x]\n"),
             6,
             3,
-            "unknown field `node`, expected one of `nodes`, `vars`, `offlineBudget`, `cni`, `osChannel`",
+            "unknown field `node`, expected one of `nodes`, `vars`, `offlineBudget`, `cni`, `osChannel`, `os`",
             Some("did you mean `nodes`?"),
         );
         check::<SiteFile>(

@@ -1,7 +1,8 @@
 //! Takes the cluster to the commit in force: sites, releases, removals, node labels, in this order.
 
 use super::{Driver, RELEASES_AT_ONCE, RETRY_LAST, RETRY_LAST_TRANSIENT, SETTLE, pause, short};
-use crate::cluster::{ClusterError, Pruned, within};
+use crate::cluster::{ClusterError, Marks, Pruned, within};
+use crate::os;
 use crate::release::{self, Done, Failure, Work};
 use crate::report::{self, Mood};
 use futures::future::BoxFuture;
@@ -9,9 +10,11 @@ use futures::{FutureExt, StreamExt};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::ResourceExt;
 use kube::api::{Api, DeleteParams, ListParams};
+use skerry_api::fleet::os::ORDER_ANNOTATION;
 use skerry_api::fleet::v1alpha1::{
     self as fleet, MANAGED_BY, MANAGED_BY_LABEL, Problem, SITE_LABEL, site_namespace,
 };
+use skerry_reconciler_core::os::judge;
 use skerry_reconciler_core::{
     CompleteRender, ObjectId, ReleaseKey, Rendered, Roster, plan, plan_removals, resync,
 };
@@ -115,7 +118,7 @@ impl Driver {
         }
         if only.is_none() {
             rest_ok &= self.remove_what_left(&rendered).await;
-            rest_ok &= self.label_nodes(&rendered).await;
+            rest_ok &= self.mark_nodes(&rendered).await;
             if rest_ok {
                 self.retry_rest = None;
             } else {
@@ -327,8 +330,36 @@ impl Driver {
         Ok(())
     }
 
-    /// The label on nodes that the commit gives to a site.
-    pub(super) async fn label_nodes(&mut self, rendered: &Rendered) -> bool {
+    /// How every site's nodes are with their OS.
+    pub(super) fn judge_os(&mut self) {
+        let Some(rendered) = self.current.as_ref().map(|current| current.rendered.clone()) else {
+            return;
+        };
+        for (name, site) in &rendered.sites {
+            let network = self.sites.get(name).and_then(|state| state.network.as_ref());
+            let networks: Vec<&str> = network
+                .into_iter()
+                .flat_map(|network| [&network.cni, &network.proxy])
+                .filter_map(|profile| profile.as_deref())
+                .collect();
+            let judged = site.os.as_ref().map(|target| {
+                let nodes: Vec<_> =
+                    site.spec.nodes.iter().map(|node| os::said(&self.live, node)).collect();
+                judge(target, &networks, &nodes)
+            });
+            let state = self.sites.entry(name.clone()).or_default();
+            if state.os != judged
+                && let Some(os) = &judged
+            {
+                tracing::info!(site = %name, version = os.version, stopped = os.stopped, message = os.message, "os");
+            }
+            state.os = judged;
+        }
+    }
+
+    /// What the commit says about nodes, on the Nodes: the label of their site, and the OS that they should run.
+    pub(super) async fn mark_nodes(&mut self, rendered: &Rendered) -> bool {
+        self.judge_os();
         let mut site_of: HashMap<&str, &str> = HashMap::new();
         for (name, site) in &rendered.sites {
             site_of.extend(site.spec.nodes.iter().map(|node| (node.as_str(), name.as_str())));
@@ -336,20 +367,34 @@ impl Driver {
         let mut fine = true;
         for node in self.live.all("", "Node") {
             let name = node.name_any();
-            let labelled = node.labels().get(SITE_LABEL).map(String::as_str);
-            let wanted = site_of.get(name.as_str()).copied();
-            // A label is only taken away when all names are known.
-            if labelled == wanted || (wanted.is_none() && rendered.roster.is_none()) {
+            let site = site_of.get(name.as_str()).copied();
+            let mut marks = Marks::default();
+            // A mark is only taken away when all names are known.
+            if site.is_some() || rendered.roster.is_some() {
+                if node.labels().get(SITE_LABEL).map(String::as_str) != site {
+                    marks.site = Some(site.map(str::to_owned));
+                }
+                let order = site.and_then(|site| rendered.sites[site].os.as_ref());
+                let stopped = site
+                    .and_then(|site| self.sites.get(site)?.os.as_ref())
+                    .is_some_and(|os| os.stopped);
+                let order = order.map(|target| os::text(&target.order));
+                // Behind the gate a node keeps the order that it has.
+                if !stopped && node.annotations().get(ORDER_ANNOTATION) != order.as_ref() {
+                    marks.os = Some(order);
+                }
+            }
+            if marks == Marks::default() {
                 continue;
             }
-            match self.cluster.label_node(&name, wanted).await {
+            match self.cluster.mark_node(&name, &marks).await {
                 Ok(()) => {
-                    tracing::info!(node = %name, site = wanted.unwrap_or("none"), "node labelled")
+                    tracing::info!(node = %name, site = site.unwrap_or("none"), os = marks.os.is_some(), "node marked")
                 }
                 Err(error) if error.is_not_found() => {}
                 Err(error) => {
                     fine = false;
-                    tracing::warn!(node = %name, %error, "node could not be labelled");
+                    tracing::warn!(node = %name, %error, "node could not be marked");
                 }
             }
         }

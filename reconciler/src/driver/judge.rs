@@ -188,6 +188,7 @@ impl Driver {
             return;
         };
         self.choose_networks();
+        self.judge_os();
         for (name, site) in &rendered.sites {
             let (word, message) = self.site_word(name);
             let ready = site
@@ -217,6 +218,7 @@ impl Driver {
                         .map_or_else(|| network.message.clone(), |stop| stop.message.clone()),
                     hint: network.stop.as_ref().map(|stop| stop.hint.clone()),
                 }),
+                os: state.os.clone(),
             };
             if before == Some(&status) && !state.rewrite {
                 continue;

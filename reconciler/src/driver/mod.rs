@@ -17,7 +17,7 @@ use crate::qualification::{self, Profiles};
 use crate::release::Failure;
 use crate::report::{self, Mood};
 use serde_json::Value;
-use skerry_api::fleet::v1alpha1::{FleetStatus, GROUP, ReleaseStatus, SiteStatus};
+use skerry_api::fleet::v1alpha1::{FleetStatus, GROUP, ReleaseStatus, SiteOs, SiteStatus};
 use skerry_reconciler_core::network::Choice;
 use skerry_reconciler_core::{Inventory, ObjectId, ReleaseKey, Rendered, RenderedSite};
 use std::collections::{BTreeMap, BTreeSet};
@@ -94,6 +94,8 @@ struct SiteState {
     status: Option<SiteStatus>,
     /// The network that it gets; nothing when it asks for none.
     network: Option<Choice>,
+    /// How its nodes are with their OS; nothing when it follows no channel.
+    os: Option<SiteOs>,
     /// `status` has to be written again, even if it is the same: somebody may have deleted or changed the object.
     rewrite: bool,
 }
@@ -283,7 +285,7 @@ impl Driver {
         if self.judge_sites_at <= now {
             self.judge_sites_at = now + JUDGE_SITES;
             if let Some(rendered) = self.current.as_ref().map(|current| current.rendered.clone())
-                && !self.label_nodes(&rendered).await
+                && !self.mark_nodes(&rendered).await
             {
                 self.schedule_rest();
             }

@@ -38,7 +38,7 @@ pub(crate) async fn run(kubeconfig: &Path, address: IpAddr) -> Result<()> {
         monitor: Some(any),
         admission: CONNECTIONS,
         advertise: vec![address.to_string()],
-        dir: None,
+        os_store: None,
         node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
         shared_token: false,
         router: None,
