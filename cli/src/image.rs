@@ -1,5 +1,7 @@
 //! `skerry image`: the appliance, from Debian packages and our own programs to a disk that boots.
 
+mod release;
+
 use crate::fault::hinted;
 use crate::{Output, out, table};
 use anyhow::{Context, Result};
@@ -38,6 +40,23 @@ pub(crate) enum Verb {
         /// Made when it is not there; keys that are there are kept
         folder: PathBuf,
     },
+    /// Make the key that signs releases, and its public half (FILE.pub)
+    ReleaseKey {
+        /// Never written over
+        file: PathBuf,
+    },
+    /// Say which keys appliances trust from now on, signed by one that they trust now
+    Trust(release::TrustArgs),
+    /// Check a bundle, sign it if nobody has, and put it where a hub serves releases; prints its OsRelease
+    Publish(release::PublishArgs),
+    /// Show the releases of such a folder
+    Releases {
+        /// Folder that `publish` has filled
+        #[arg(long, value_name = "DIR")]
+        store: PathBuf,
+    },
+    /// Write a release back into one file, for a stick
+    Export(release::ExportArgs),
     /// Fetch the UEFI firmware with which tests boot an image, and unpack it into a folder
     Firmware {
         /// Made when it is not there
@@ -83,9 +102,15 @@ pub(crate) struct BuildArgs {
     /// Its certificate (PEM)
     #[arg(long, value_name = "FILE", requires = "sign_key")]
     sign_cert: Option<PathBuf>,
-    /// Ed25519 key (PEM) that signs the manifest of the bundle
+    /// Ed25519 key (PEM) that signs the manifest of the bundle; the image trusts its public half
     #[arg(long, value_name = "FILE")]
     release_key: Option<PathBuf>,
+    /// Public key (PEM) whose signature the image wants on an update; may be repeated
+    #[arg(long = "trust-key", value_name = "FILE")]
+    trust_keys: Vec<PathBuf>,
+    /// Counter of these keys: that of the last statement of `skerry image trust`
+    #[arg(long, default_value_t = 1)]
+    trust_counter: u64,
     /// Folder of `skerry image keys`: the loader enrols them in a virtual machine whose firmware is in setup mode
     #[arg(long, value_name = "DIR")]
     enroll_keys: Option<PathBuf>,
@@ -147,6 +172,11 @@ pub(crate) fn run(verb: Verb, output: Output) -> Result<ExitCode> {
         Verb::Build(args) => build(&args, output),
         Verb::Lock(args) => lock(&args, output),
         Verb::Show { path } => show(&path, output),
+        Verb::ReleaseKey { file } => release::release_key(&file, output),
+        Verb::Trust(args) => release::trust(&args, output),
+        Verb::Publish(args) => release::publish(&args, output),
+        Verb::Releases { store } => release::releases(&store, output),
+        Verb::Export(args) => release::export(&args, output),
         Verb::Firmware { folder, packages } => firmware(&folder, &packages),
         Verb::Keys { folder } => {
             TestKeys::in_folder(&folder).map_err(|error| explain(&error, error.hint()))?;
@@ -210,12 +240,9 @@ fn order(args: &BuildArgs, lock: &Lock) -> Result<Order> {
         }
         _ => None,
     };
-    let release_key = match &args.release_key {
-        None => None,
-        Some(file) => {
-            Some(ReleaseKey::read(file).map_err(|error| explain(&error, Some(error.hint())))?)
-        }
-    };
+    let release_key = args.release_key.as_deref().map(ReleaseKey::read).transpose();
+    let release_key = release_key.map_err(release::bad_key)?;
+    let trust = release::key_set(args.trust_counter, release_key.as_ref(), &args.trust_keys)?;
     let enrol = match &args.enroll_keys {
         None => Vec::new(),
         Some(folder) => {
@@ -242,6 +269,7 @@ fn order(args: &BuildArgs, lock: &Lock) -> Result<Order> {
             version: args.version.clone(),
             epoch,
             release_counter: args.release_counter,
+            trust,
             binaries,
             images: args.images.clone(),
             with: args.with.clone(),
@@ -505,7 +533,7 @@ fn show_bundle(file: impl Read) -> Result<Shown> {
         file,
         Trust::Anybody,
         |found| {
-            manifest = Some(found.clone());
+            manifest = Some(found.manifest.clone());
             Ok(())
         },
         |_, _| Ok(()),

@@ -22,7 +22,7 @@ use crate::root::{self, GatherError, Inputs, Plan, PlanError, Request, Variant};
 use crate::sign::{KeyFile, ReleaseKey, SignError, Signer};
 use crate::tree::hex;
 use crate::uki::{PeError, Uki};
-use crate::{bundle, cpio, fat, sbom, verity_file};
+use crate::{blocks, bundle, cpio, fat, sbom, verity_file};
 use sha2::{Digest, Sha256};
 use skerry_init::boot;
 use skerry_init::gpt::Part;
@@ -223,6 +223,12 @@ impl Prepared {
                 format!("revision {}, with {token}", site.revision)
             }
         };
+        let updates = match &order.request.trust {
+            None => "none are taken: no release key is trusted".into(),
+            Some(set) => {
+                format!("signed by one of {} keys, counter {}", set.keys.len(), set.counter)
+            }
+        };
         let images: Vec<_> = self.plan.images.iter().map(|image| image.name.as_str()).collect();
         vec![
             ("version", format!("{version}, release counter {release_counter}")),
@@ -238,6 +244,7 @@ impl Prepared {
             ("site", site),
             ("secure boot", signed(order.signer.is_some()).into()),
             ("manifest", signed(order.release_key.is_some()).into()),
+            ("updates", updates),
         ]
     }
 }
@@ -328,7 +335,11 @@ fn assemble(
 
     let part = |name: &str| {
         let (bytes, sha256) = digest(&scratch.path(name)).map_err(|source| failed(name, source))?;
-        Ok(manifest::Part { name: name.into(), bytes, sha256 })
+        let index =
+            File::open(scratch.path(name)).and_then(|file| blocks::index(BufReader::new(file)));
+        let index = index.map_err(|source| failed(name, source))?;
+        let blocks_sha256 = hex(&Sha256::digest(&index));
+        Ok(manifest::Part { name: name.into(), bytes, sha256, blocks_sha256 })
     };
     let manifest = Manifest {
         product: manifest::PRODUCT.into(),
@@ -568,7 +579,7 @@ impl Scratch {
 pub const SUMS: &str = "SHA256SUMS";
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::progress::Silent;
     use crate::root::Boot;
@@ -579,7 +590,7 @@ mod tests {
         "revision = 1\n[node]\nname = \"a\"\n[hub]\naddress = \"wss://h\"\nenrol = \"https://h\"\n";
 
     /// A plan with a kernel, a stub and a root that are none, but have their form.
-    fn plan() -> Plan {
+    pub(crate) fn plan() -> Plan {
         let mut initramfs = Tree::new();
         initramfs.file("init", 0o755, Content::bytes([7; 9000]), "skerry").unwrap();
         Plan {
@@ -602,7 +613,7 @@ mod tests {
         }
     }
 
-    fn order(out: &Path) -> Order {
+    pub(crate) fn order(out: &Path) -> Order {
         Order {
             request: Request {
                 arch: Arch::Amd64,
@@ -610,6 +621,7 @@ mod tests {
                 version: "0.1.0".into(),
                 epoch: 1_700_000_000,
                 release_counter: 2,
+                trust: None,
                 binaries: PathBuf::new(),
                 images: Vec::new(),
                 with: Vec::new(),
@@ -623,7 +635,7 @@ mod tests {
         }
     }
 
-    fn make(
+    pub(crate) fn make(
         order: &Order,
         plan: &Plan,
     ) -> Result<(Manifest, BTreeMap<String, String>), BuildError> {

@@ -21,21 +21,23 @@
 //! `packages::lock(…)` moves the lock file forward and is never called by a build.
 
 pub mod build;
-pub mod bundle;
 pub mod cpio;
 pub mod deb;
 pub mod disk;
 pub mod elf;
 pub mod erofs;
 pub mod fat;
-pub mod manifest;
 pub mod modules;
 pub mod oci;
 pub mod packages;
 pub mod progress;
+pub mod publish;
 pub mod root;
 pub mod sbom;
 pub mod sign;
 pub mod tree;
 pub mod uki;
 pub mod verity_file;
+
+// Shared with PID 1, which reads what is written here.
+pub use skerry_init::{blocks, bundle, manifest, trust};

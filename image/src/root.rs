@@ -28,6 +28,7 @@ use crate::packages::{
 };
 use crate::progress::Progress;
 use crate::tree::{Content, Entry, Node, Tree, TreeError, hex};
+use crate::trust::{self, KeySet};
 
 /// Which kind of appliance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -60,6 +61,8 @@ pub struct Request {
     pub epoch: u64,
     /// Never lower than that of the version before: an update to a lower one is refused by the device.
     pub release_counter: u64,
+    /// Whose signature the device wants on an update; without any it takes none.
+    pub trust: Option<KeySet>,
     /// Folder with `skerry-init` and `edgecore` for the architecture, stripped.
     pub binaries: PathBuf,
     /// Archives of container images that go along.
@@ -667,6 +670,10 @@ pub fn plan(request: &Request, catalogue: &Catalogue, inputs: &Inputs) -> Result
     }
     let os_release = os_release(request);
     root.file("usr/lib/os-release", 0o644, Content::bytes(os_release.as_str()), OURS)?;
+    if let Some(trust) = &request.trust {
+        let path = trust::ROOT_KEYS.trim_start_matches('/');
+        root.file(path, 0o644, Content::bytes(trust.to_json()), OURS)?;
+    }
     let facts = json!({
         "version": request.version,
         "epoch": request.epoch,

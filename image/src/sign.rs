@@ -8,7 +8,9 @@
 //! Source: Microsoft's "Windows Authenticode Portable Executable Signature Format"; RFC 5652; UEFI specification 2.10,
 //! sections 8.2.2 and 32.4.
 
+use crate::trust::Key;
 use crate::uki::{Pe, PeError};
+use base64::Engine;
 use ring::signature::{RSA_PKCS1_SHA256, RsaKeyPair};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -519,7 +521,7 @@ pub struct ReleaseKeyError {
 impl ReleaseKeyError {
     /// What a person can do about it.
     pub fn hint(&self) -> &'static str {
-        "`openssl genpkey -algorithm ed25519 -out release.key` makes one"
+        "`skerry image release-key FILE` makes a key, and its public half beside it"
     }
 }
 
@@ -548,15 +550,76 @@ impl ReleaseKey {
         Ok(Self(pair.map_err(|error| bad(error.to_string()))?))
     }
 
-    /// The public half, 32 bytes.
-    pub fn public(&self) -> Vec<u8> {
-        ring::signature::KeyPair::public_key(&self.0).as_ref().to_vec()
+    /// Makes a key and writes it to `path` (PEM, for its owner only), and its public half to `path` with `.pub`.
+    ///
+    /// # Errors
+    ///
+    /// [`ReleaseKeyError`]; a key that is there is never written over.
+    pub fn make(path: &Path) -> Result<Self, ReleaseKeyError> {
+        use std::io::Write;
+        use std::os::unix::fs::OpenOptionsExt;
+        let bad = |what: String| ReleaseKeyError { path: path.into(), what };
+        let random = ring::rand::SystemRandom::new();
+        let mut seed = [0; 32];
+        ring::rand::SecureRandom::fill(&random, &mut seed)
+            .map_err(|_| bad("there are no random numbers".into()))?;
+        let pair = ring::signature::Ed25519KeyPair::from_seed_unchecked(&seed);
+        let key = Self(pair.map_err(|error| bad(error.to_string()))?);
+        // The first version of the format, without the public key: OpenSSL 3.0 reads no other.
+        let der = [&ED25519_PKCS8[..], &seed].concat();
+        let mut file = std::fs::OpenOptions::new();
+        let file = file.write(true).create_new(true).mode(0o600).open(path);
+        file.and_then(|mut file| {
+            file.write_all(pem("PRIVATE KEY", &der).as_bytes())?;
+            file.sync_all()
+        })
+        .map_err(|error| bad(error.to_string()))?;
+        let mut public = path.as_os_str().to_owned();
+        public.push(".pub");
+        let text = pem("PUBLIC KEY", &[&ED25519_SPKI[..], &key.public()].concat());
+        std::fs::write(&public, text).map_err(|error| bad(error.to_string()))?;
+        Ok(key)
+    }
+
+    /// The public half.
+    pub fn public(&self) -> Key {
+        let public = ring::signature::KeyPair::public_key(&self.0);
+        public.as_ref().try_into().expect("Ed25519 has keys of 32 bytes")
     }
 
     /// The signature, 64 bytes.
     pub fn sign(&self, message: &[u8]) -> Vec<u8> {
         self.0.sign(message).as_ref().to_vec()
     }
+}
+
+/// What comes before the 32 bytes of an Ed25519 key in a SubjectPublicKeyInfo (RFC 8410).
+const ED25519_SPKI: [u8; 12] =
+    [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
+
+/// What comes before the 32 bytes of an Ed25519 seed in PKCS#8 (RFC 8410).
+const ED25519_PKCS8: [u8; 16] = [
+    0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20,
+];
+
+fn pem(label: &str, der: &[u8]) -> String {
+    let text = base64::engine::general_purpose::STANDARD.encode(der);
+    let lines = text.as_bytes().chunks(64).map(String::from_utf8_lossy).collect::<Vec<_>>();
+    format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
+}
+
+/// Reads an Ed25519 public key, PEM.
+///
+/// # Errors
+///
+/// [`ReleaseKeyError`].
+pub fn public_key(path: &Path) -> Result<Key, ReleaseKeyError> {
+    let bad = |what: &str| ReleaseKeyError { path: path.into(), what: what.into() };
+    let pem = std::fs::read(path).map_err(|error| bad(&error.to_string()))?;
+    let der = rustls_pki_types::SubjectPublicKeyInfoDer::from_pem_slice(&pem);
+    let der = der.map_err(|error| bad(&error.to_string()))?;
+    let key = der.as_ref().strip_prefix(&ED25519_SPKI[..]);
+    key.and_then(|key| key.try_into().ok()).ok_or_else(|| bad("it is no Ed25519 public key"))
 }
 
 #[cfg(test)]
@@ -665,6 +728,24 @@ mod tests {
         ));
         assert!(matches!(Signer::read(&at("none"), &at("db.crt")), Err(SignError::Read { .. })));
         assert!(ReleaseKey::read(&at("db.key")).is_err(), "RSA signs no releases");
+    }
+
+    #[test]
+    fn release_key_is_made_once_and_read_back_with_its_public_half() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("release.key");
+        let made = ReleaseKey::make(&path).unwrap();
+        assert_eq!(ReleaseKey::read(&path).unwrap().public(), made.public());
+        assert_eq!(public_key(&dir.path().join("release.key.pub")).unwrap(), made.public());
+        let error = ReleaseKey::make(&path).unwrap_err();
+        assert!(error.to_string().contains("exists"), "{error}");
+        assert!(public_key(&path).is_err(), "a private key is not published by mistake");
+        if let Ok(output) =
+            Command::new("openssl").args(["pkey", "-pubout", "-in"]).arg(&path).output()
+        {
+            let ours = std::fs::read(dir.path().join("release.key.pub")).unwrap();
+            assert_eq!(String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&ours));
+        }
     }
 
     #[test]

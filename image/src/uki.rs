@@ -1,7 +1,9 @@
 //! The kernel as one program of the firmware: systemd's stub with more sections behind its own.
 //!
 //! [`Uki::write`] is a linker for one case: the stub stays as it is, each part becomes a section with a header in the
-//! room that the stub leaves. What the firmware checks (Secure Boot) and what the stub reads are the same bytes.
+//! room that the stub leaves. What the firmware checks (Secure Boot) and what the stub reads are the same bytes. Each
+//! part begins at a multiple of [`ALIGN`] in the file, so that a kernel or an initramfs which did not change has the same
+//! blocks in the next version, and an update need not carry them.
 //! Called by [`crate::build`].
 //!
 //! Source: Microsoft's PE format; the UAPI group's specification of unified kernel images.
@@ -72,6 +74,8 @@ impl Uki<'_> {
     }
 }
 
+/// Parts begin at multiples of this in the file: the block of [`crate::blocks`].
+pub const ALIGN: u32 = crate::blocks::BLOCK as u32;
 /// Initialised data, readable.
 const DATA: u32 = 0x4000_0040;
 /// Code, readable and executable.
@@ -193,9 +197,24 @@ impl Pe {
         ])
     }
 
+    /// Lengthens the last section in the file to a whole number of `align`: bytes between sections would be no part of
+    /// what a signature covers.
+    fn fill_up(&mut self, align: u32) {
+        let (len, wanted) = (self.bytes.len(), self.bytes.len().next_multiple_of(align as usize));
+        let last = self.sections().position(|one| {
+            one.raw_size > 0 && one.raw_offset as usize + one.raw_size as usize == len
+        });
+        let (Some(last), Ok(more)) = (last, u32::try_from(wanted - len)) else { return };
+        let at = self.table + SECTION_BYTES * last + 16;
+        let size = self.u32(at);
+        self.set_u32(at, size + more);
+        self.bytes.resize(wanted, 0);
+    }
+
     fn append(&mut self, name: &'static str, content: &[u8], flags: u32) -> Result<(), PeError> {
         let header = self.table + SECTION_BYTES * self.section_count();
-        let file_align = self.u32(self.optional + 36);
+        let file_align = self.u32(self.optional + 36).max(ALIGN);
+        self.fill_up(file_align);
         let section_align = self.u32(self.optional + 32);
         let mut padded = [0; 8];
         padded[..name.len()].copy_from_slice(name.as_bytes());
@@ -295,10 +314,9 @@ pub(crate) mod tests {
             .map(|one| {
                 let name = String::from_utf8(one.name.to_vec()).unwrap();
                 let content = &image[one.raw_offset as usize..][..one.virtual_size as usize];
-                assert_eq!(
-                    (one.raw_offset % 512, one.raw_size % 512, one.virtual_address % 4096),
-                    (0, 0, 0)
-                );
+                let ours = name != ".text\0\0\0";
+                assert_eq!((one.raw_size % 512, one.virtual_address % 4096), (0, 0));
+                assert!(one.raw_offset.is_multiple_of(if ours { ALIGN } else { 512 }), "{name}");
                 (name.trim_end_matches('\0').to_owned(), content.to_vec())
             })
             .collect();
@@ -309,6 +327,11 @@ pub(crate) mod tests {
         let ends: Vec<_> =
             pe.sections().map(|one| one.virtual_address + one.virtual_size).collect();
         assert!(ends.is_sorted(), "no section lies over another one");
+        let mut raw: Vec<_> = pe.sections().map(|one| (one.raw_offset, one.raw_size)).collect();
+        raw.sort_unstable();
+        let gapless = raw.windows(2).all(|pair| pair[0].0 + pair[0].1 == pair[1].0);
+        assert!(gapless && raw[0].0 == 1024, "{raw:?}");
+        assert_eq!(raw.last().map(|(at, len)| (at + len) as usize), Some(image.len()));
         assert_eq!(pe.u32(pe.optional + 56), ends.last().unwrap().next_multiple_of(4096));
         assert!(image == parts().write(&stub()).unwrap());
         assert!(matches!(parts().write(&image), Err(PeError::Format(_))), "a UKI is no stub");

@@ -41,6 +41,7 @@ fn request() -> Request {
         version: "0.1.0".to_owned(),
         epoch: 1_795_222_383,
         release_counter: 1,
+        trust: None,
         binaries: variable("SKERRY_BINARIES").expect("SKERRY_BINARIES is set").into(),
         images: Vec::new(),
         with: variable("SKERRY_WITH")

@@ -96,6 +96,7 @@ impl World {
                 version: "1.2.3".to_owned(),
                 epoch: 1_700_000_000,
                 release_counter: 5,
+                trust: None,
                 binaries,
                 images: Vec::new(),
                 with: Vec::new(),

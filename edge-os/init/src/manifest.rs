@@ -2,8 +2,10 @@
 //!
 //! One JSON document, first in a bundle and beside the image. An appliance decides by it alone whether to take an
 //! update; everything else in the bundle is checked against its digests. Unknown keys are refused by
-//! [`Manifest::parse`], so that an old appliance never half-understands a new rule.
+//! [`Manifest::parse`], so that an old appliance never half-understands a new rule. Made by the builder of the image,
+//! read by PID 1, by the agent and by `skerry image`.
 
+use crate::verity::{hex, unhex};
 use serde::{Deserialize, Serialize};
 
 /// Value of [`Manifest::product`].
@@ -61,6 +63,8 @@ pub struct Part {
     pub bytes: u64,
     /// SHA-256, hexadecimal.
     pub sha256: String,
+    /// SHA-256 of its block index, hexadecimal; see [`crate::blocks`].
+    pub blocks_sha256: String,
 }
 
 /// Why a manifest is none.
@@ -115,23 +119,24 @@ impl Manifest {
             return Err(ManifestError::Format(kind.format));
         }
         let manifest: Self = serde_json::from_slice(bytes)?;
-        let verity: skerry_init::verity::Verity = manifest
+        let verity: crate::verity::Verity = manifest
             .verity
             .parse()
             .map_err(|_| ManifestError::Value("`verity` is not of its form"))?;
-        if crate::tree::hex(&verity.root) != manifest.root_hash {
+        if hex(&verity.root) != manifest.root_hash {
             return Err(ManifestError::Value("`verity` and `root_hash` differ"));
         }
         let names: Vec<_> = manifest.parts.iter().map(|part| part.name.as_str()).collect();
         if names != [UKI, ROOT] {
             return Err(ManifestError::Value("the parts are not `uki.efi` and `root.img`"));
         }
-        if manifest.parts.iter().any(|part| crate::tree::unhex(&part.sha256).is_none()) {
+        let good = |part: &Part| is_digest(&part.sha256) && is_digest(&part.blocks_sha256);
+        if !manifest.parts.iter().all(good) {
             return Err(ManifestError::Value("a digest is not 64 hexadecimal digits"));
         }
-        let blocks = manifest.parts[1].bytes / skerry_init::verity::BLOCK as u64;
+        let blocks = manifest.parts[1].bytes / crate::verity::BLOCK as u64;
         if verity.blocks() != blocks
-            || !manifest.parts[1].bytes.is_multiple_of(skerry_init::verity::BLOCK as u64)
+            || !manifest.parts[1].bytes.is_multiple_of(crate::verity::BLOCK as u64)
         {
             return Err(ManifestError::Value(
                 "the size of `root.img` is not that of data and hash tree",
@@ -147,6 +152,11 @@ impl Manifest {
     pub fn part(&self, name: &str) -> Option<&Part> {
         self.parts.iter().find(|part| part.name == name)
     }
+}
+
+/// Whether this is a SHA-256 as it is written everywhere here: 64 lower-case hexadecimal digits.
+pub fn is_digest(text: &str) -> bool {
+    unhex(text).is_some_and(|bytes| bytes.len() == 32 && hex(&bytes) == text)
 }
 
 /// Name of the UKI in bundles and beside the image.
@@ -185,8 +195,18 @@ pub(crate) mod tests {
             cmdline: "quiet".into(),
             packages_lock: "22".repeat(32),
             parts: vec![
-                Part { name: UKI.into(), bytes: uki.0, sha256: uki.1 },
-                Part { name: ROOT.into(), bytes: root.0, sha256: root.1 },
+                Part {
+                    name: UKI.into(),
+                    bytes: uki.0,
+                    sha256: uki.1,
+                    blocks_sha256: "55".repeat(32),
+                },
+                Part {
+                    name: ROOT.into(),
+                    bytes: root.0,
+                    sha256: root.1,
+                    blocks_sha256: "66".repeat(32),
+                },
             ],
         }
     }
@@ -206,10 +226,29 @@ pub(crate) mod tests {
         assert!(refused(|it| it.parts.swap(0, 1)).contains("parts"));
         assert!(refused(|it| it.parts[1].bytes += 4096).contains("size"));
         assert!(refused(|it| it.parts[0].sha256.truncate(10)).contains("digest"));
+        assert!(refused(|it| it.parts[1].blocks_sha256 = "AA".repeat(32)).contains("digest"));
         assert!(refused(|it| it.version = "../../etc".into()).contains("file name"));
         let unknown = String::from_utf8(good.to_bytes()).unwrap().replacen('{', "{\"rule\": 1,", 1);
         assert!(Manifest::parse(unknown.as_bytes()).is_err());
         assert!(matches!(Manifest::parse(&vec![b' '; BYTES_MAX + 1]), Err(ManifestError::Large)));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_and_any_change_are_a_manifest_or_an_error(
+            noise in proptest::collection::vec(proptest::num::u8::ANY, 0..200),
+            at in 0_usize..4000, byte in proptest::num::u8::ANY,
+        ) {
+            let _ = Manifest::parse(&noise);
+            let good = manifest((5, "33".repeat(32)), (2 * 4096, "44".repeat(32)));
+            let mut bytes = good.to_bytes();
+            let at = at % bytes.len();
+            bytes[at] = byte;
+            if let Ok(read) = Manifest::parse(&bytes) {
+                // What is taken can be written and read again.
+                proptest::prop_assert_eq!(Manifest::parse(&read.to_bytes()).expect("its own"), read);
+            }
+        }
     }
 
     #[test]
