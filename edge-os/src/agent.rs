@@ -18,6 +18,7 @@ use crate::meta_store::{self, OpenError, Store, Trust, WriteError};
 use crate::metaserver::{self, ApiRequest, Desk};
 use crate::node;
 use crate::objects::{Found, LookupRequest, StoredObjects};
+use crate::os;
 use crate::pods::{
     Engine, EngineConfig, EngineEvent, ObjectKind, ResetError, RuntimeInfo, StartError,
 };
@@ -26,7 +27,9 @@ use crate::qualification::{self, Published};
 use crate::tunnel;
 use crate::twin::{self, Event as TwinEvent, Up};
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::PodStatus;
 use serde_json::Value;
+use skerry_api::fleet::os::{ORDER_ANNOTATION, OsProgress, PROGRESS_ANNOTATION};
 use skerry_edge_core::Now;
 use skerry_edge_core::event::EventReport;
 use skerry_edge_core::meta::{Effect, Meta, Step};
@@ -38,7 +41,7 @@ use skerry_protocol::capability::Capabilities;
 use skerry_protocol::tunnel::DEMAND;
 use skerry_protocol::{Message, Operation, ResourcePath};
 use skerry_qualify::publish::REQUEST;
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -170,14 +173,29 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
     if let Some(socket) = appliance::socket() {
         let (signs, signs_seen) = watch::channel(appliance::Signs::default());
         let (machine, machine_seen) = watch::channel(None);
+        let (asks, asked) = mpsc::channel(OS_ASKS_MAX);
+        let os = Os::default();
+        let versions = os::Parts {
+            endpoint: config.enrol.clone(),
+            credentials: credentials_seen.clone(),
+            order: os.order.subscribe(),
+            facts: machine_seen.clone(),
+            pods: os.running.subscribe(),
+            asks,
+            progress: os.progress.clone(),
+            store: os::STORE.into(),
+            sources: None,
+        };
+        parts.spawn(os::run(versions, stop.clone()));
         let talk = appliance::Parts {
             signs: signs_seen,
             link: facts_seen.clone(),
             credentials: credentials_seen.clone(),
             facts: machine,
+            asks: asked,
         };
         parts.spawn(appliance::run(socket, talk, stop.clone()));
-        agent.appliance = Some(Appliance { signs, facts: machine_seen });
+        agent.appliance = Some(Appliance { signs, facts: machine_seen, os });
         let (imported, done) = oneshot::channel();
         let import = preload(config.clone(), imported);
         let import = stop.clone().run_until_cancelled_owned(import);
@@ -297,6 +315,24 @@ async fn start_engine(
     Engine::start(engine, objects, store).await
 }
 
+/// Why a pod does not run; nothing when its containers run or have done their work.
+fn not_running(status: &PodStatus) -> Option<String> {
+    match status.phase.as_deref() {
+        Some("Succeeded") => return None,
+        Some("Running") => {}
+        other => return Some(other.unwrap_or("Unknown").to_owned()),
+    }
+    let containers = status.container_statuses.iter().flatten();
+    let mut states =
+        containers.filter_map(|container| Some((container, container.state.as_ref()?)));
+    states.find_map(|(container, state)| {
+        let waits = state.waiting.as_ref().map(|of| of.reason.clone().unwrap_or_default());
+        let ended = state.terminated.as_ref().filter(|of| of.exit_code != 0);
+        let why = waits.or_else(|| ended.map(|of| format!("ended with {}", of.exit_code)))?;
+        Some(format!("container `{}` {why}", container.name))
+    })
+}
+
 /// Gives the runtime the images that come with the machine, as far as it lacks them; pods wait for it, as their sandboxes
 /// need one of them.
 async fn preload(config: Arc<Config>, done: oneshot::Sender<()>) {
@@ -319,7 +355,20 @@ async fn preload(config: Arc<Config>, done: oneshot::Sender<()>) {
 struct Appliance {
     signs: watch::Sender<appliance::Signs>,
     facts: watch::Receiver<Option<appliance::Facts>>,
+    os: Os,
 }
+
+/// What the part for versions of the OS is told, and what it says.
+#[derive(Default)]
+struct Os {
+    /// The order on the Node, once that was seen.
+    order: watch::Sender<Option<Option<String>>>,
+    running: watch::Sender<os::Running>,
+    progress: watch::Sender<OsProgress>,
+}
+
+/// Questions to PID 1 that wait.
+const OS_ASKS_MAX: usize = 4;
 
 /// The program whose verb `qualify` judges the kernel.
 const PROGRAM: &str = "edgecore";
@@ -807,6 +856,15 @@ impl Agent {
             }
             Effect::OwnNode(node) => {
                 self.uplink.handle_own_node(&node);
+                if let Some(appliance) = &self.appliance {
+                    let order = node["metadata"]["annotations"][ORDER_ANNOTATION].as_str();
+                    let order = Some(order.map(str::to_owned));
+                    appliance.os.order.send_if_modified(|known| {
+                        let new = *known != order;
+                        *known = order;
+                        new
+                    });
+                }
                 let asked = node["metadata"]["annotations"][REQUEST].as_str().unwrap_or_default();
                 self.kernel.requested.send_if_modified(|known| {
                     let new = known != asked;
@@ -936,12 +994,46 @@ impl Agent {
 
     fn tell_appliance(&self) {
         let Some(appliance) = &self.appliance else { return };
+        let trial = appliance.facts.borrow().as_ref().and_then(|facts| facts.os.trial.clone());
+        let (running, waiting) = self.pods_by_state();
+        let missing = trial.map(|trial| {
+            let is_back = |pod: &&String| running.contains(*pod) || !waiting.contains_key(*pod);
+            let missing = trial.pods.iter().filter(|pod| !is_back(pod));
+            missing.map(|pod| format!("{pod}: {}", waiting[pod])).collect()
+        });
+        let connected = self.uplink.is_connected();
         let now = appliance::Signs {
-            connected: self.uplink.is_connected(),
+            connected,
             registered: self.uplink.node().is_registered(),
-            pods: self.meta.paths("pod").count(),
+            pods: running.len() + waiting.len(),
+            missing,
         };
-        appliance.signs.send_if_modified(|known| std::mem::replace(known, now) != now);
+        appliance.signs.send_if_modified(|known| {
+            let new = *known != now;
+            *known = now;
+            new
+        });
+        let running = os::Running { pods: running.into_iter().collect(), connected };
+        appliance.os.running.send_if_modified(|known| {
+            let new = *known != running;
+            *known = running;
+            new
+        });
+    }
+
+    /// The pods of this node as `namespace/name`: those whose containers run or have done their work, and the others with
+    /// the reason.
+    fn pods_by_state(&self) -> (BTreeSet<String>, BTreeMap<String, String>) {
+        let (mut running, mut waiting) = (BTreeSet::new(), BTreeMap::new());
+        for path in self.meta.paths("pod") {
+            let name = path.replacen("/pod/", "/", 1);
+            let status = self.meta.held(path).and_then(|held| self.engine.status(&held.uid));
+            match status.map_or_else(|| Some("not started yet".to_owned()), |of| not_running(&of)) {
+                None => drop(running.insert(name)),
+                Some(why) => drop(waiting.insert(name, why)),
+            }
+        }
+        (running, waiting)
     }
 
     /// Hands the report about the kernel to a hub that keeps it, once per report and Node.
@@ -979,6 +1071,11 @@ impl Agent {
         let mut health = node::health(&self.config, runtime, self.trust == Trust::Rebuilding);
         if let Some(machine) = self.appliance.as_ref().and_then(|one| one.facts.borrow().clone()) {
             facts.annotations = machine.annotations();
+            if let Some(appliance) = &self.appliance {
+                let progress = serde_json::to_string(&*appliance.os.progress.borrow());
+                let progress = progress.expect("texts and numbers");
+                facts.annotations.insert(PROGRESS_ANNOTATION.to_owned(), progress);
+            }
             health.appliance = Some(machine.wrong());
         }
         if let Some(kernel) = self.kernel.published.borrow().clone() {

@@ -9,15 +9,18 @@
 
 use crate::enrol::Credentials;
 use crate::link::LinkFacts;
+use crate::os::OsFacts;
 use serde::Deserialize;
-use serde_json::json;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use skerry_edge_core::os::Failure;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 /// Where PID 1 listens.
@@ -39,7 +42,7 @@ const NO_LINK_TOLD: Duration = Duration::from_secs(5);
 const CLOSED_HERE: &str = "closed by this agent";
 
 /// What the agent says of itself.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Signs {
     /// There is a link to the hub.
     pub connected: bool,
@@ -47,6 +50,8 @@ pub struct Signs {
     pub registered: bool,
     /// Pods that are bound to this node.
     pub pods: usize,
+    /// While a version of the OS proves itself: what of before is not back, `namespace/name: why`.
+    pub missing: Option<Vec<String>>,
 }
 
 /// How the machine is, as PID 1 says.
@@ -67,6 +72,9 @@ pub struct Facts {
     pub slot: String,
     /// How the state is kept.
     pub state: String,
+    /// Versions, and what becomes of them.
+    #[serde(flatten)]
+    pub os: OsFacts,
 }
 
 /// Something that a person should know.
@@ -115,6 +123,25 @@ pub struct Parts {
     pub credentials: watch::Receiver<Option<Arc<Credentials>>>,
     /// How the machine is, for the agent; none before the first answer.
     pub facts: watch::Sender<Option<Facts>>,
+    /// Questions of the agent.
+    pub asks: mpsc::Receiver<Ask>,
+}
+
+/// A question to PID 1 about versions of the OS.
+#[derive(Debug)]
+pub struct Ask {
+    /// The request, one JSON object.
+    pub line: Value,
+    /// Gets PID 1's word: whether it will do it.
+    pub answer: oneshot::Sender<Result<(), Failure>>,
+}
+
+/// What PID 1 says to a question.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Answer {
+    error: Option<String>,
+    hint: String,
 }
 
 /// The socket of PID 1, if this is the appliance.
@@ -144,7 +171,7 @@ async fn converse(socket: &Path, parts: &mut Parts) -> std::io::Result<()> {
     let mut beat = tokio::time::interval(BEAT_INTERVAL);
     let started = tokio::time::Instant::now();
     loop {
-        let signs = *parts.signs.borrow_and_update();
+        let signs = parts.signs.borrow_and_update().clone();
         let waited = started.elapsed() >= NO_LINK_TOLD;
         let problem = match signs.connected {
             // Not what ended the connection, only who.
@@ -155,21 +182,25 @@ async fn converse(socket: &Path, parts: &mut Parts) -> std::io::Result<()> {
             _ => String::new(),
         };
         let hint = if problem.is_empty() { "" } else { hint(&problem) };
-        let line = json!({"beat": {
+        let mut line = json!({"beat": {
             "connected": signs.connected,
             "registered": signs.registered,
             "pods": signs.pods,
             "problem": problem,
             "hint": hint,
         }});
+        if let Some(missing) = &signs.missing {
+            line["beat"]["trial"] = json!({"missing": missing});
+        }
         write(&mut writer, &line).await?;
         if !token_told && parts.credentials.borrow_and_update().is_some() {
             write(&mut writer, &json!({"token-used": true})).await?;
             token_told = true;
         }
-        if beats.is_multiple_of(FACTS_EVERY) {
+        let busy = parts.facts.borrow().as_ref().is_some_and(|facts| facts.os.is_moving());
+        if busy || beats.is_multiple_of(FACTS_EVERY) {
             write(&mut writer, &json!({"facts": {}})).await?;
-            let facts = read(&mut reader).await?;
+            let facts: Facts = read(&mut reader).await?;
             parts.facts.send_if_modified(|known| {
                 let new = known.as_ref() != Some(&facts);
                 if new {
@@ -180,6 +211,17 @@ async fn converse(socket: &Path, parts: &mut Parts) -> std::io::Result<()> {
         }
         tokio::select! {
             _ = beat.tick() => beats = beats.wrapping_add(1),
+            Some(Ask { line, answer }) = parts.asks.recv() => {
+                write(&mut writer, &line).await?;
+                // A restart is not answered; what becomes of it is seen.
+                let said = match line.get("reboot") {
+                    Some(_) => Answer::default(),
+                    None => read(&mut reader).await?,
+                };
+                let refusal = said.error.map(|reason| Failure { reason, hint: said.hint });
+                let _ = answer.send(refusal.map_or(Ok(()), Err)); // who asked may be gone
+                beats = 0;
+            }
             changed = parts.signs.changed() => {
                 if changed.is_err() {
                     return Ok(()); // the agent ends
@@ -198,7 +240,9 @@ async fn write(
     writer.write_all(format!("{line}\n").as_bytes()).await
 }
 
-async fn read(reader: &mut (impl AsyncBufReadExt + Unpin)) -> std::io::Result<Facts> {
+async fn read<T: DeserializeOwned>(
+    reader: &mut (impl AsyncBufReadExt + Unpin),
+) -> std::io::Result<T> {
     let mut line = String::new();
     let read = async { reader.take(ANSWER_LEN_MAX).read_line(&mut line).await };
     let read = tokio::time::timeout(ANSWER_TIMEOUT, read).await;
@@ -234,6 +278,7 @@ mod tests {
         signs: watch::Sender<Signs>,
         link: watch::Sender<LinkFacts>,
         facts: watch::Receiver<Option<Facts>>,
+        asks: mpsc::Sender<Ask>,
         reader: BufReader<tokio::net::unix::OwnedReadHalf>,
         writer: tokio::net::unix::OwnedWriteHalf,
         stop: CancellationToken,
@@ -250,18 +295,30 @@ mod tests {
         let (link, link_seen) = watch::channel(LinkFacts::default());
         let (credentials, credentials_seen) = watch::channel(None);
         let (facts_in, facts) = watch::channel(None);
+        let (asks, asked) = mpsc::channel(1);
         let stop = CancellationToken::new();
         let parts = Parts {
             signs: signs_seen,
             link: link_seen,
             credentials: credentials_seen,
             facts: facts_in,
+            asks: asked,
         };
         tokio::spawn(run(path, parts, stop.clone()));
         let (stream, _) = listener.accept().await.expect("the agent comes");
         let (reader, writer) = stream.into_split();
         let reader = BufReader::new(reader);
-        Init { signs, link, facts, reader, writer, stop, _credentials: credentials, _dir: dir }
+        Init {
+            signs,
+            link,
+            facts,
+            asks,
+            reader,
+            writer,
+            stop,
+            _credentials: credentials,
+            _dir: dir,
+        }
     }
 
     impl Init {
@@ -288,7 +345,8 @@ mod tests {
         assert_eq!(annotations["skerry.dev/image-version"], "1.2 (debug)");
         assert_eq!(annotations["skerry.dev/boot"], "b root-a state=kept site=fw_cfg");
         init.link.send_replace(LinkFacts { reason: "none".into(), ..LinkFacts::default() });
-        init.signs.send_replace(Signs { connected: true, registered: true, pods: 2 });
+        let missing = Some(vec!["ns/a: waiting".to_owned()]);
+        init.signs.send_replace(Signs { connected: true, registered: true, pods: 2, missing });
         loop {
             let line = init.line().await;
             if line["beat"]["connected"] == true {
@@ -296,7 +354,46 @@ mod tests {
                     (&line["beat"]["pods"], &line["beat"]["problem"]),
                     (&json!(2), &json!(""))
                 );
+                assert_eq!(line["beat"]["trial"], json!({"missing": ["ns/a: waiting"]}));
                 break;
+            }
+        }
+        init.stop.cancel();
+    }
+
+    #[tokio::test]
+    async fn questions_about_versions_reach_init_and_its_word_comes_back() {
+        let mut init = init().await;
+        init.line().await;
+        init.line().await;
+        let facts = json!({"version": "1", "releases": {"running": "1", "counter": 3, "other": "0"},
+            "update": {"version": "2", "step": "writing", "percent": 40}});
+        init.writer.write_all(format!("{facts}\n").as_bytes()).await.expect("written");
+        init.facts.changed().await.expect("facts");
+        let facts = init.facts.borrow_and_update().clone().expect("facts");
+        let update = facts.os.update.clone().expect("an update");
+        assert_eq!((update.step.as_str(), update.percent), ("writing", Some(40)));
+        assert_eq!(facts.os.releases.other.as_deref(), Some("0"));
+
+        let (answer, answered) = oneshot::channel();
+        let line = json!({"update": {"dir": "/x"}});
+        init.asks.send(Ask { line: line.clone(), answer }).await.expect("room");
+        let mut answered = std::pin::pin!(answered);
+        loop {
+            tokio::select! {
+                got = init.line() => {
+                    if got == line {
+                        let no = json!({"error": "another update runs", "hint": "wait"});
+                        init.writer.write_all(format!("{no}\n").as_bytes()).await.expect("written");
+                    } else if got.get("facts").is_some() {
+                        init.writer.write_all(b"{}\n").await.expect("written");
+                    }
+                }
+                said = &mut answered => {
+                    let failure = said.expect("a word").expect_err("it said no");
+                    assert_eq!((failure.reason.as_str(), failure.hint.as_str()), ("another update runs", "wait"));
+                    break;
+                }
             }
         }
         init.stop.cancel();

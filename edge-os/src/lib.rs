@@ -21,6 +21,7 @@ pub mod meta_store;
 pub mod metaserver;
 pub mod node;
 pub mod objects;
+pub mod os;
 mod outbox_store;
 pub mod pods;
 pub mod preload;

@@ -8,8 +8,9 @@ use kube::api::{
 };
 use kube::{Client, ResourceExt};
 use serde_json::json;
+use skerry_api::fleet::os::{ORDER_ANNOTATION, PROGRESS_ANNOTATION, VERSION_ANNOTATION};
 use skerry_api::fleet::v1alpha1::{
-    Fleet, NodeQualification, Release, ReleaseStatus, SITE_LABEL, Site, SiteNetwork,
+    Fleet, NodeQualification, Release, ReleaseStatus, SITE_LABEL, Site, SiteNetwork, SiteOs,
 };
 use skerry_apiserver::{ApiServer, Durability};
 use skerry_reconciler::{Action, Config, diff, render_dir, run, status};
@@ -854,4 +855,86 @@ async fn devices_of_a_site_follow_the_repository_and_keep_what_people_desire() {
     .await;
     world.wait_for_text("a", "page", "hello").await;
     world.end().await;
+}
+
+/// A Node's order for its OS.
+async fn order(world: &World, node: &str) -> Option<serde_json::Value> {
+    let nodes: Api<Node> = Api::all(world.client.clone());
+    let node = nodes.get_opt(node).await.ok()??;
+    serde_json::from_str(node.annotations().get(ORDER_ANNOTATION)?).ok()
+}
+
+/// What an appliance says of its OS.
+async fn runs(world: &World, node: &str, version: &str, progress: serde_json::Value) {
+    let nodes: Api<Node> = Api::all(world.client.clone());
+    let said = json!({VERSION_ANNOTATION: version, PROGRESS_ANNOTATION: progress.to_string()});
+    let patch = json!({"metadata": {"annotations": said}});
+    nodes.patch(node, &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
+}
+
+async fn os(world: &World, what: &str, good: impl Fn(&SiteOs) -> bool) {
+    let sites: Api<Site> = Api::namespaced(world.client.clone(), "site-a");
+    wait(what, async || sites.get_opt("a").await.ok()??.status?.os.filter(|os| good(os)).map(drop))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_channel_reaches_the_nodes_of_its_sites_unless_its_kernel_lost_their_network() {
+    let world = World::new().await;
+    report(&world, "a-1", "6.12.1", &[("cilium", "qualified", "")]).await;
+    world.small_fleet();
+    let release = |version: &str, verdict: &str| {
+        let digest = "ab".repeat(32);
+        world.write("os/stable.yaml", &format!(
+            "apiVersion: fleet.skerry.dev/v1alpha1\nkind: OsRelease\nmetadata: {{name: stable}}\nspec:\n  version: \"{version}\"\n  counter: {version}\n  digest: sha256:{digest}\n  kernel: {{cilium: {verdict}}}\n"
+        ));
+    };
+    release("2", "degraded");
+    let site = |channel: &str| {
+        format!(
+            "{{nodes: [a-1], cni: cilium, osChannel: {channel}, os: {{zone: Europe/Lisbon, windows: [{{from: \"02:00\", to: \"04:00\"}}]}}, vars: {{greeting: hello}}}}"
+        )
+    };
+    world.site("a", &site("stable"));
+    world.push();
+
+    let told = wait("the node has its order", async || order(&world, "a-1").await).await;
+    assert_eq!((told["version"].as_str(), told["counter"].as_u64()), (Some("2"), Some(2)));
+    assert_eq!(told["policy"]["windows"][0]["from"], "02:00");
+    runs(&world, "a-1", "1 (debug)", json!({"version": "2", "step": "fetching", "percent": 40}))
+        .await;
+    os(&world, "the site says how far it is", |os| os.message.contains("`a-1` fetching 40 %"))
+        .await;
+    let failed = json!({"version": "2", "step": "failed", "reason": "containerd did not start"});
+    runs(&world, "a-1", "1", failed).await;
+    os(&world, "the site says why", |os| os.message == "node `a-1`: containerd did not start")
+        .await;
+    runs(&world, "a-1", "2", json!({"version": "2", "step": "current"})).await;
+    os(&world, "all of it is current", |os| (os.nodes_current, os.nodes_total) == (1, 1)).await;
+    let rows = status_of(&world).await.sites;
+    assert_eq!(rows[0].os.as_ref().map(|os| os.version.as_str()), Some("2"));
+
+    release("3", "unsupported");
+    world.push();
+    os(&world, "the gate is closed", |os| os.stopped && os.message.contains("`cilium`")).await;
+    assert_eq!(order(&world, "a-1").await.unwrap()["version"], "2", "it keeps what it had");
+    release("4", "qualified");
+    world.push();
+    wait("the order goes on", async || {
+        order(&world, "a-1").await.filter(|order| order["version"] == "4").map(drop)
+    })
+    .await;
+
+    world.site("a", &site("stabel"));
+    world.push();
+    wait("the mistake is shown", async || {
+        let problems = status_of(&world).await.problems;
+        let hint = problems.iter().find(|one| one.message.contains("`stabel`"))?.hint.clone()?;
+        (hint == "did you mean `stable`?").then_some(())
+    })
+    .await;
+    wait("nothing is ordered any more", async || {
+        order(&world, "a-1").await.is_none().then_some(())
+    })
+    .await;
 }

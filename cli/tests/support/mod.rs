@@ -1,11 +1,13 @@
 //! The services that tests of whole ways start: the real API, CloudCore and agent, in this process.
 
+#![allow(dead_code)] // each test takes what it needs
+
 use skerry_apiserver::{ApiServer, Durability};
 use skerry_cloudcore::CloudCore;
 use skerry_edge::agent::{self, AgentError};
 use skerry_edge::config::Config;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -33,6 +35,17 @@ pub(crate) async fn start_cloud(
     enrol: SocketAddr,
     ttl: Duration,
 ) -> CloudCore {
+    start_cloud_with_store(api, hub, enrol, ttl, None).await
+}
+
+/// The same, with a folder of versions of the appliance's OS.
+pub(crate) async fn start_cloud_with_store(
+    api: &ApiServer,
+    hub: SocketAddr,
+    enrol: SocketAddr,
+    ttl: Duration,
+    os_store: Option<PathBuf>,
+) -> CloudCore {
     let config = skerry_cloudcore::Config {
         hub,
         quic: None,
@@ -41,7 +54,7 @@ pub(crate) async fn start_cloud(
         enrol,
         tunnel: ANY.into(),
         advertise: vec!["127.0.0.1".into()],
-        os_store: None,
+        os_store,
         node_certificate_ttl: ttl,
         shared_token: false,
         router: None,

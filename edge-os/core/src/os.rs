@@ -28,6 +28,15 @@ pub struct Machine {
     pub trial: Option<Trial>,
 }
 
+impl Machine {
+    /// Whether it is in the middle of something that a person would watch.
+    pub fn is_moving(&self) -> bool {
+        let steps = ["checking", "writing", "verifying"];
+        self.trial.is_some()
+            || self.update.as_ref().is_some_and(|update| steps.contains(&&*update.step))
+    }
+}
+
 /// Versions on the disk.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
