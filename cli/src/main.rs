@@ -15,6 +15,7 @@ mod fault;
 mod image;
 mod link;
 mod node;
+mod os;
 mod out;
 mod qualify;
 mod render;
@@ -88,6 +89,9 @@ enum Verb {
     /// The appliance: build its disk image, move its packages forward, look into what was built
     #[command(subcommand)]
     Image(image::Verb),
+    /// Versions of the appliance's OS: who runs which, who should, and how far they are
+    #[command(subcommand)]
+    Os(os::Verb),
     /// `site.toml`, what an appliance is told before it can ask its hub
     #[command(subcommand)]
     Site(site_file::Verb),
@@ -156,6 +160,7 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Verb::Ca(verb) => ca::run(verb, kubeconfig, output).await,
         Verb::Edge(verb) => edge::run(verb, output).await,
         Verb::Image(verb) => image::run(verb, output),
+        Verb::Os(verb) => os::run(verb, kubeconfig, output).await,
         Verb::Qualify { options } => match qualify::parse(&options) {
             Some(args) => qualify::run(args?, kubeconfig, output).await,
             None => Ok(skerry_qualify::command::run(&["qualify"], options.into_iter())),

@@ -12,6 +12,7 @@ use kube::runtime::watcher::{self, Event, watcher};
 use kube::runtime::{WatchStreamExt, reflector as reflect};
 use kube::{Client, ResourceExt};
 use serde_json::Value;
+use skerry_api::fleet::os::{ORDER_ANNOTATION, PROGRESS_ANNOTATION, VERSION_ANNOTATION};
 use skerry_api::fleet::v1alpha1::{
     self as fleet, APP_LABEL, MANAGED_BY, MANAGED_BY_LABEL, SITE_LABEL,
 };
@@ -193,7 +194,13 @@ fn change(api_version: &str, kind: &str, object: &DynamicObject, deleted: bool) 
 /// Drops what nobody reads.
 fn slim(object: &mut DynamicObject) {
     object.metadata.managed_fields = None;
-    object.metadata.annotations = None;
+    // Those that say what a node should run, and what it does.
+    let kept = |key: &String| {
+        [ORDER_ANNOTATION, PROGRESS_ANNOTATION, VERSION_ANNOTATION].contains(&key.as_str())
+    };
+    if let Some(annotations) = &mut object.metadata.annotations {
+        annotations.retain(|key, _| kept(key));
+    }
     if object.types.as_ref().is_some_and(|types| types.kind == qualification::KIND) {
         qualification::slim(object);
         return;
