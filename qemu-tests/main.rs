@@ -48,6 +48,9 @@ struct Args {
     /// Folder of `skerry image keys`, with whose db key it is signed
     #[arg(long, requires = "signed")]
     keys: Option<PathBuf>,
+    /// Key whose signature the image wants on updates
+    #[arg(long)]
+    release_key: Option<PathBuf>,
     /// Where pilot.html and pilot.json go
     #[arg(long)]
     report: Option<PathBuf>,
@@ -198,6 +201,7 @@ fn inputs(args: &Args) -> Result<Inputs> {
             kubectl: args.kubectl.clone(),
             template: args.template.clone().context("--template is missing")?,
         },
+        release_key: args.release_key.clone(),
         signed: args.signed.clone().zip(args.keys.clone()),
         hold: Duration::from_secs(args.hold * 60),
         show_consoles: args.consoles,

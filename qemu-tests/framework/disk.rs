@@ -131,11 +131,12 @@ impl Disk {
     }
 }
 
-/// Makes a USB stick: one FAT volume with our label and one file.
+/// Makes a USB stick: one FAT volume with our label and one file. It is as large as it has to be.
 pub fn stick(at: &Path, name: &str, content: &[u8]) -> Result<Disk> {
-    let disk = Disk::blank(at, STICK_LENGTH)?;
+    let length = STICK_LENGTH.max((content.len() as u64 * 9 / 8).next_multiple_of(STICK_LENGTH));
+    let disk = Disk::blank(at, length)?;
     let file = OpenOptions::new().read(true).write(true).open(at)?;
-    let mut window = Window::new(file, 0, STICK_LENGTH);
+    let mut window = Window::new(file, 0, length);
     let options = fatfs::FormatVolumeOptions::new().volume_label(SITE_LABEL);
     fatfs::format_volume(&mut window, options.fat_type(fatfs::FatType::Fat16))?;
     Volume::open(window)?.write(name, content)?;

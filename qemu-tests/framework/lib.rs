@@ -24,6 +24,7 @@ pub mod ntp;
 pub mod nvram;
 mod plot;
 pub mod qmp;
+pub mod release;
 pub mod report;
 pub mod scenario;
 pub mod uki;

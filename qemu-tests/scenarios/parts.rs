@@ -3,8 +3,8 @@
 use anyhow::{Result, ensure};
 use skerry_qemu_tests::console::Want;
 use skerry_qemu_tests::hub::{self, Fleet, Hub, Site};
-use skerry_qemu_tests::lab::{APP, Lab, NAMESPACE, NODE, PATIENCE, READY};
-use skerry_qemu_tests::machine::Machine;
+use skerry_qemu_tests::lab::{APP, Lab, NAMESPACE, NODE, PATIENCE, READY, SHUTDOWN};
+use skerry_qemu_tests::machine::{Machine, Plan};
 use skerry_qemu_tests::scenario::Stage;
 use std::time::Duration;
 
@@ -57,6 +57,25 @@ pub(crate) fn joined(stage: &mut Stage<'_>) -> Result<(Machine, u16)> {
     let machine = stage.boot(&plan)?;
     stage.expect(&machine, "the node is back at its hub", Want::Word("ready"), READY)?;
     Ok((machine, port))
+}
+
+/// Boots a machine and sees which version runs from which root.
+pub(crate) fn boots(
+    stage: &mut Stage<'_>,
+    plan: &Plan,
+    version: &str,
+    slot: &str,
+) -> Result<Machine> {
+    let machine = stage.boot(plan)?;
+    let said = format!("version {version} from root-{slot}");
+    let what = format!("version {version} runs from root-{slot}");
+    stage.expect(&machine, &what, Want::Saying("stage1", &[&said]), READY)?;
+    Ok(machine)
+}
+
+/// Switches a machine off in order.
+pub(crate) fn end(stage: &mut Stage<'_>, machine: &mut Machine) -> Result<()> {
+    stage.ask("the power button switches it off", || machine.power_off(SHUTDOWN))
 }
 
 /// Whether the app's newest pod is ready.

@@ -22,6 +22,8 @@ pub(crate) struct Recipe<'a> {
     profile: &'a str,
     /// Sign it for Secure Boot with the keys of this folder.
     keys: Option<&'a Path>,
+    /// Key that signs its bundle, and that it trusts.
+    release_key: Option<&'a Path>,
     /// Further arguments of the builder.
     more: &'a [String],
 }
@@ -29,7 +31,12 @@ pub(crate) struct Recipe<'a> {
 impl<'a> Recipe<'a> {
     /// Unsigned, with the programs of a profile.
     pub(crate) fn new(profile: &'a str) -> Self {
-        Self { profile, keys: None, more: &[] }
+        Self { profile, keys: None, release_key: None, more: &[] }
+    }
+
+    /// The same, which takes updates that are signed with a key.
+    pub(crate) fn trusting(self, release_key: &'a Path) -> Self {
+        Self { release_key: Some(release_key), ..self }
     }
 
     /// The same, signed for Secure Boot with the keys of a folder.
@@ -80,6 +87,9 @@ pub(crate) fn build(recipe: &Recipe<'_>) -> Result<Built> {
         skerry.arg("--sign-key").arg(keys.join("db.key"));
         skerry.arg("--sign-cert").arg(keys.join("db.crt"));
     }
+    if let Some(key) = recipe.release_key {
+        skerry.arg("--release-key").arg(key);
+    }
     if let Err(error) = sh::run(skerry.args(recipe.more)) {
         let newer = match recipe.profile == build::QUICK {
             true => newer_lock(&programs.skerry, &target)?,
@@ -111,6 +121,16 @@ pub(crate) fn firmware(skerry: &Path) -> Result<PathBuf> {
     let folder = build::target()?.join("firmware");
     sh::run(Command::new(skerry).args(["image", "firmware"]).arg(&folder))?;
     Ok(folder)
+}
+
+/// A key for releases of tests, made once.
+pub(crate) fn release_key() -> Result<PathBuf> {
+    let file = build::target()?.join("release.key");
+    if !file.exists() {
+        let skerry = build::programs("dev")?.skerry;
+        sh::run(Command::new(skerry).args(["image", "release-key"]).arg(&file))?;
+    }
+    Ok(file)
 }
 
 /// A folder of keys for tests of Secure Boot, made once.

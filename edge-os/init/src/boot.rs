@@ -21,7 +21,8 @@ use std::io;
 pub const TRIES: u32 = 3;
 /// Folder of the versions on the ESP.
 pub const FOLDER: &str = "EFI/Linux";
-const MOUNT_POINT: &str = "/efi";
+/// Where the ESP is mounted while it is looked at or changed.
+pub const MOUNT_POINT: &str = "/efi";
 const VARIABLES: &str = "/sys/firmware/efi/efivars";
 const GLOBAL: &str = "8be4df61-93ca-11d2-aa0d-00e098032b8c";
 const LOADER: &str = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f";
@@ -125,13 +126,29 @@ fn rename(
         }
         kernel.rename(&format!("{folder}/{name}"), &format!("{folder}/{good}")).map(|()| true)
     });
-    kernel.sync();
-    let unmounted = kernel.unmount(MOUNT_POINT, false);
+    let closed = close(kernel, device);
     let renamed = renamed?;
-    unmounted.map(|()| renamed)
+    closed.map(|()| renamed)
 }
 
-fn mount(
+/// Unmounts the ESP after it was written. FAT has no journal: what was written is on the disk only when the disk itself
+/// was told to flush.
+///
+/// # Errors
+///
+/// What the system says.
+pub fn close(kernel: &dyn Kernel, device: &str) -> io::Result<()> {
+    kernel.sync();
+    kernel.unmount(MOUNT_POINT, false)?;
+    kernel.flush(device)
+}
+
+/// Mounts the ESP; end it with [`close`], or by unmounting when it was only read.
+///
+/// # Errors
+///
+/// What the system says.
+pub fn mount(
     kernel: &dyn Kernel,
     modules: Option<&Modules<'_>>,
     device: &str,
@@ -143,7 +160,71 @@ fn mount(
         }
     }
     let flags = NOSUID | NODEV | NOEXEC | if writable { 0 } else { RDONLY };
-    kernel.mount(&Mount::new(device, MOUNT_POINT, "vfat", flags, "umask=0077,iocharset=ascii"))
+    // A power cut in a rename may leave two names for one file. To remove one of them is an error of the filesystem, at
+    // which it must not become read-only in the middle of an update.
+    let data = "umask=0077,iocharset=ascii,errors=continue";
+    kernel.mount(&Mount::new(device, MOUNT_POINT, "vfat", flags, data))
+}
+
+/// Whether the machine was started by the loader of its own disk, which counts tries.
+pub fn has_loader(kernel: &dyn Kernel) -> bool {
+    kernel.exists(VARIABLES) && disk::loader_partition(kernel).is_some()
+}
+
+/// Whether the firmware starts only what is signed.
+pub fn is_secure(kernel: &dyn Kernel) -> bool {
+    let bytes = kernel.read(&format!("{VARIABLES}/SecureBoot-{GLOBAL}"), VARIABLE_LEN_MAX);
+    bytes.is_ok_and(|bytes| bytes.get(ATTRIBUTES.len()) == Some(&1))
+}
+
+/// The ESP of a disk, and its node.
+pub fn esp(kernel: &dyn Kernel, disk: &str) -> Option<(Partition, String)> {
+    let (_, disks) = disk::look(kernel);
+    let disk = disks.into_iter().find(|one| one.name == disk)?;
+    let esp = disk.table.by_label(Part::ESP.label)?.clone();
+    Some((esp, format!("/dev/{}", disk.partition(Part::ESP.label)?)))
+}
+
+/// Takes the counter out of the name of a version's file; `false` when there was none.
+///
+/// # Errors
+///
+/// [`BlessError`].
+pub fn take_counter(
+    kernel: &dyn Kernel,
+    modules: Option<&Modules<'_>>,
+    disk: &str,
+    version: &str,
+) -> Result<bool, BlessError> {
+    let (_, device) = esp(kernel, disk).ok_or(BlessError::NoEsp)?;
+    rename(kernel, modules, &device, version).map_err(BlessError::Rename)
+}
+
+/// Has the firmware's second entry name this version.
+///
+/// # Errors
+///
+/// [`BlessError`].
+pub fn name_last_good(kernel: &dyn Kernel, disk: &str, version: &str) -> Result<bool, BlessError> {
+    let (esp, _) = esp(kernel, disk).ok_or(BlessError::NoEsp)?;
+    write_entries(kernel, &esp, version).map_err(BlessError::Entries)
+}
+
+/// Has the loader start a version once, at the next start.
+///
+/// # Errors
+///
+/// What the firmware says.
+pub fn start_once(kernel: &dyn Kernel, version: &str) -> io::Result<()> {
+    let bytes = [&ATTRIBUTES[..], &encode(&file_name(version, None))].concat();
+    write_variables(kernel, &[(format!("LoaderEntryOneShot-{LOADER}"), bytes)])
+}
+
+/// Versions that the loader has seen at this start.
+pub fn seen_versions(kernel: &dyn Kernel) -> Vec<String> {
+    let entries = text_variable(kernel, "LoaderEntries").unwrap_or_default();
+    let version = |id: &str| Some(id.strip_prefix("skerry_")?.strip_suffix(".efi")?.to_owned());
+    entries.split('\0').filter_map(version).collect()
 }
 
 /// A newer version that has no tries left, so that this one was started in its place. Mounts the ESP only when the
@@ -229,16 +310,23 @@ fn write_entries(kernel: &dyn Kernel, esp: &Partition, version: &str) -> io::Res
     if changes.is_empty() {
         return Ok(false);
     }
+    let changes: Vec<_> =
+        changes.into_iter().map(|(name, bytes)| (format!("{name}-{GLOBAL}"), bytes)).collect();
+    write_variables(kernel, &changes).map(|()| true)
+}
+
+/// Writes variables, whole names; they cannot be written otherwise.
+fn write_variables(kernel: &dyn Kernel, changes: &[(String, Vec<u8>)]) -> io::Result<()> {
     let remount = |flags| {
         let flags = NOSUID | NODEV | NOEXEC | REMOUNT | flags;
         Mount::new("efivarfs", VARIABLES, "efivarfs", flags, "")
     };
     kernel.mount(&remount(0))?;
-    let written = changes.iter().try_for_each(|(name, bytes)| {
-        kernel.write_variable(&format!("{VARIABLES}/{name}-{GLOBAL}"), bytes)
-    });
+    let written = changes
+        .iter()
+        .try_for_each(|(name, bytes)| kernel.write_variable(&format!("{VARIABLES}/{name}"), bytes));
     let closed = kernel.mount(&remount(RDONLY));
-    written.and(closed).map(|()| true)
+    written.and(closed)
 }
 
 /// `EFI_LOAD_OPTION`: an entry of the firmware's menu for a file on the ESP.

@@ -44,6 +44,8 @@ pub enum Word {
     Online,
     /// Connected, and the Node is registered.
     Ready,
+    /// Another version.
+    Update,
     /// What is wrong.
     Problem,
     /// What a person can do about it.
@@ -71,6 +73,7 @@ impl fmt::Display for Word {
             Self::Broker => "broker",
             Self::Online => "online",
             Self::Ready => "ready",
+            Self::Update => "update",
             Self::Problem => "problem",
             Self::Hint => "hint",
             Self::Emergency => "emergency",

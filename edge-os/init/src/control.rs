@@ -1,19 +1,24 @@
 //! What is said on `/run/skerry/init.sock`: one JSON object a line, from root only.
 //!
 //! `{"beat":{…}}` every ten seconds from the agent, `{"reboot":{"reason":"…"}}`, `{"poweroff":{"reason":"…"}}`,
-//! `{"token-used":true}` after the node has joined, and `{"facts":{}}`, which is answered by one line. A line that is
-//! none of these is answered by `{"error":"…"}`. Pure: sockets are [`crate::stage1`]'s.
+//! `{"token-used":true}` after the node has joined, and `{"facts":{}}`, which is answered by one line. Orders are answered
+//! as well: `{"update":{"dir":"…","pods":[…],"connected":true}}`, `{"rollback":{"reason":"…"}}`,
+//! `{"site":{"text":"…"}}`, `{"trust":{"statement":"…","signature":"hex"}}`, each with `{"update":{"accepted":true}}`
+//! (or its own word) or `{"error":"…","hint":"…"}`. During a trial a beat says `"trial":{"missing":["ns/name: why",…]}`. A
+//! line that is none of these is answered by `{"error":"…"}`. Pure: sockets are [`crate::stage1`]'s.
 
+use crate::confirm;
 use crate::console::{Problem, plain};
 use crate::supervise::Beat;
+use crate::update::{Releases, Status, TrialFacts};
 use serde::{Deserialize, Serialize};
 
 /// Where PID 1 listens.
 pub const SOCKET: &str = "/run/skerry/init.sock";
 /// Clients at a time; one more is closed at once.
 pub const CLIENTS_MAX: usize = 16;
-/// Longest line; a client that sends a longer one is closed.
-pub const LINE_LEN_MAX: usize = 8 * 1024;
+/// Longest line, which a whole site.toml fits into however it is escaped; a client that sends a longer one is closed.
+pub const LINE_LEN_MAX: usize = 256 * 1024;
 
 /// A line from a client.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -29,6 +34,51 @@ pub enum Request {
     TokenUsed(bool),
     /// How is the machine?
     Facts(Nothing),
+    /// Take another version.
+    Update(UpdateLine),
+    /// Go back to the version before.
+    Rollback(Reason),
+    /// Try another site.
+    Site(SiteLine),
+    /// Trust other release keys.
+    Trust(TrustLine),
+}
+
+/// An update that lies ready.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct UpdateLine {
+    /// Folder of `/state/update`, named after the digest of its manifest.
+    pub dir: String,
+    /// Pods that run now, `namespace/name`.
+    #[serde(default)]
+    pub pods: Vec<String>,
+    /// There is a link to the hub now.
+    #[serde(default)]
+    pub connected: bool,
+}
+
+/// A site that is to be tried.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct SiteLine {
+    /// All of its site.toml.
+    pub text: String,
+}
+
+/// A key statement; see [`crate::trust`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct TrustLine {
+    /// The text that was signed.
+    pub statement: String,
+    /// Ed25519, hexadecimal.
+    pub signature: String,
+}
+
+/// What the agent says about the trial of a new version.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct TrialLine {
+    /// Pods that ran before and neither run nor wait for a known reason, `namespace/name: why`.
+    pub missing: Vec<String>,
 }
 
 /// No fields yet.
@@ -57,6 +107,8 @@ pub struct BeatLine {
     pub problem: String,
     /// What a person can do about it.
     pub hint: String,
+    /// How the trial of a new version is.
+    pub trial: Option<TrialLine>,
 }
 
 impl From<BeatLine> for Beat {
@@ -88,6 +140,16 @@ pub struct Facts {
     pub slot: String,
     /// How the state is: `kept`, `new`, `degraded` or `memory`.
     pub state: String,
+    /// How far an update is.
+    pub update: Option<Status>,
+    /// The versions of this machine.
+    pub releases: Releases,
+    /// What the trial of a new version waits for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trial: Option<TrialFacts>,
+    /// How the last change of the site went.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub site: Option<confirm::Status>,
 }
 
 /// Reads a line.
@@ -102,6 +164,14 @@ pub fn parse(line: &[u8]) -> Result<Request, String> {
 /// The answer to a line that could not be read.
 pub fn refusal(what: &str) -> String {
     serde_json::json!({ "error": what }).to_string()
+}
+
+/// The answer to an order: that it was accepted, or why not.
+pub fn answer(word: &str, refused: Result<(), (String, String)>) -> String {
+    match refused {
+        Ok(()) => serde_json::json!({ word: { "accepted": true } }).to_string(),
+        Err((error, hint)) => serde_json::json!({ "error": error, "hint": hint }).to_string(),
+    }
 }
 
 /// What a client has sent and is not a whole line yet.
@@ -146,7 +216,23 @@ mod tests {
         assert_eq!(parse(br#"{"poweroff":{"reason":"kernel"}}"#), Ok(Request::Poweroff(reason())));
         assert_eq!(parse(br#"{"token-used":true}"#), Ok(Request::TokenUsed(true)));
         assert_eq!(parse(br#"{"facts":{}}"#), Ok(Request::Facts(Nothing {})));
-        for bad in ["", "{}", "[]", r#"{"rm":{}}"#, r#"{"beat":{}} x"#, "\u{0}"] {
+        let update =
+            parse(br#"{"update":{"dir":"/state/update/x","pods":["a/b"],"connected":true}}"#);
+        let wanted =
+            UpdateLine { dir: "/state/update/x".into(), pods: vec!["a/b".into()], connected: true };
+        assert_eq!(update, Ok(Request::Update(wanted)));
+        assert_eq!(parse(br#"{"rollback":{"reason":"kernel"}}"#), Ok(Request::Rollback(reason())));
+        let text = || SiteLine { text: "x".into() };
+        assert_eq!(parse(br#"{"site":{"text":"x"}}"#), Ok(Request::Site(text())));
+        let trust = TrustLine { statement: "s".into(), signature: "00".into() };
+        let parsed = parse(br#"{"trust":{"statement":"s","signature":"00"}}"#);
+        assert_eq!(parsed, Ok(Request::Trust(trust)));
+        let beat = parse(br#"{"beat":{"connected":true,"trial":{"missing":["a/b: x"]}}}"#);
+        let Ok(Request::Beat(line)) = beat else { panic!("{beat:?}") };
+        assert_eq!(line.trial, Some(TrialLine { missing: vec!["a/b: x".into()] }));
+        assert_eq!(answer("update", Ok(())), r#"{"update":{"accepted":true}}"#);
+        for bad in [r#"{"update":{}}"#, "", "{}", "[]", r#"{"rm":{}}"#, r#"{"beat":{}} x"#, "\u{0}"]
+        {
             let error = parse(bad.as_bytes()).expect_err("no request");
             assert!(refusal(&error).starts_with(r#"{"error":"#));
         }

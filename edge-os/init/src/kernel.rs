@@ -170,6 +170,17 @@ pub trait Kernel: Send + Sync {
     fn write(&self, path: &str, bytes: &[u8], mode: u32) -> io::Result<()>;
     /// Overwrites a part of a file or device; durable when it returns.
     fn write_at(&self, path: &str, offset: u64, bytes: &[u8]) -> io::Result<()>;
+    /// `len` bytes past every cache, as the disk has them; fewer at the end of a file.
+    fn read_direct(&self, path: &str, offset: u64, len: usize) -> io::Result<Vec<u8>>;
+    /// Overwrites a part of a device past every cache; offset and length are multiples of 4096. Durable after
+    /// [`Kernel::flush`].
+    fn write_direct(&self, path: &str, offset: u64, bytes: &[u8]) -> io::Result<()>;
+    /// fsync(2) of a file, a folder or a device; the disk empties its own cache as well.
+    fn flush(&self, path: &str) -> io::Result<()>;
+    /// Length of a file in bytes.
+    fn file_len(&self, path: &str) -> io::Result<u64>;
+    /// Removes a folder with everything in it; one that is not there is no error.
+    fn remove_folder(&self, path: &str) -> io::Result<()>;
     /// Makes or replaces a variable of the firmware, four bytes of attributes first: the whole of it in one write.
     fn write_variable(&self, path: &str, bytes: &[u8]) -> io::Result<()>;
     /// Adds to a file, which is made if needed; not synced.

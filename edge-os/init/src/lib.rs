@@ -3,7 +3,8 @@
 //! Formats, pure: [`gpt`], [`verity`], [`modindex`], [`site`], and those of updates: [`manifest`], [`bundle`],
 //! [`blocks`], [`trust`]. What is asked of the machine goes through
 //! [`kernel::Kernel`]; [`linux`] is the machine itself. [`stage0`] runs from the initramfs, [`stage1`] from the verified
-//! root; [`supervise`] decides who is started, stopped and started again, in a time that it is told.
+//! root; [`supervise`] decides who is started, stopped and started again, in a time that it is told; [`update`]
+//! puts another version beside the running one.
 
 pub mod blocks;
 pub mod boot;
@@ -11,6 +12,7 @@ pub mod bundle;
 pub mod clock;
 pub mod cmdline;
 pub mod cni;
+pub mod confirm;
 pub mod console;
 pub mod control;
 pub mod disk;
@@ -37,4 +39,5 @@ pub mod state;
 pub mod supervise;
 pub mod trust;
 pub mod uevent;
+pub mod update;
 pub mod verity;

@@ -208,6 +208,49 @@ impl Kernel for Linux {
         file.sync_all()
     }
 
+    fn read_direct(&self, path: &str, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        let file = direct(fs::OpenOptions::new().read(true), path)?;
+        let room = len.next_multiple_of(DIRECT_ALIGN);
+        let mut buffer = vec![0; room + DIRECT_ALIGN];
+        let start = buffer.as_ptr().align_offset(DIRECT_ALIGN);
+        let place = &mut buffer[start..start + room];
+        let mut filled = 0;
+        while filled < len {
+            match file.read_at(&mut place[filled..], offset + filled as u64)? {
+                0 => break,
+                count => filled += count,
+            }
+            // Only the end of a file is at an odd place, and there is nothing behind it.
+            if !filled.is_multiple_of(DIRECT_ALIGN) {
+                break;
+            }
+        }
+        Ok(place[..filled.min(len)].to_vec())
+    }
+
+    fn write_direct(&self, path: &str, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let file = direct(fs::OpenOptions::new().write(true), path)?;
+        let mut buffer = vec![0; bytes.len() + DIRECT_ALIGN];
+        let start = buffer.as_ptr().align_offset(DIRECT_ALIGN);
+        buffer[start..start + bytes.len()].copy_from_slice(bytes);
+        file.write_all_at(&buffer[start..start + bytes.len()], offset)
+    }
+
+    fn flush(&self, path: &str) -> io::Result<()> {
+        fs::File::open(path)?.sync_all()
+    }
+
+    fn file_len(&self, path: &str) -> io::Result<u64> {
+        Ok(fs::metadata(path)?.len())
+    }
+
+    fn remove_folder(&self, path: &str) -> io::Result<()> {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+
     fn write_variable(&self, path: &str, bytes: &[u8]) -> io::Result<()> {
         let mut options = fs::OpenOptions::new();
         options.write(true).create(true).truncate(false).mode(0o644);
@@ -766,6 +809,19 @@ fn write_for(file: &mut fs::File, mut bytes: &[u8]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// What every disk takes as place and length past the cache.
+const DIRECT_ALIGN: usize = 4096;
+
+/// Opens a file past the cache, or through it where the filesystem knows no other way.
+fn direct(options: &mut fs::OpenOptions, path: &str) -> io::Result<fs::File> {
+    match options.custom_flags(libc::O_DIRECT | libc::O_CLOEXEC).open(path) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            options.custom_flags(libc::O_CLOEXEC).open(path)
+        }
+        other => other,
+    }
 }
 
 /// One write to a file of the kernel, between fork and exec.

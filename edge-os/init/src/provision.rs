@@ -349,6 +349,19 @@ fn volumes(kernel: &dyn Kernel, boot_disk: &str) -> Vec<Volume> {
         .collect()
 }
 
+/// Nodes of the sticks that are for this appliance.
+pub fn sticks(kernel: &dyn Kernel, boot_disk: &str) -> Vec<String> {
+    let ours = |one: &Volume| one.label == LABEL && one.fstype == "vfat";
+    volumes(kernel, boot_disk).into_iter().filter(ours).map(|one| one.device).collect()
+}
+
+/// Loads what a stick is mounted with.
+pub fn load_for_sticks(modules: Option<&Modules<'_>>) {
+    if let Some(modules) = modules {
+        load_vfat(modules);
+    }
+}
+
 /// Filesystem and label of a volume.
 fn label(kernel: &dyn Kernel, device: &str) -> Option<(&'static str, String)> {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();

@@ -110,6 +110,13 @@ impl Machine {
         self.world().volumes.entry(device.into()).or_default().insert(path.into(), bytes.to_vec());
     }
 
+    /// Takes a file out of the filesystem of a device.
+    pub(crate) fn forget_volume(&self, device: &str, path: &str) {
+        if let Some(files) = self.world().volumes.get_mut(device) {
+            files.remove(path);
+        }
+    }
+
     /// A file of the filesystem of a device, mounted or not.
     pub(crate) fn in_volume(&self, device: &str, path: &str) -> Option<Vec<u8>> {
         self.world().volumes.get(device)?.get(path).cloned()
@@ -282,6 +289,31 @@ impl World {
     }
 }
 
+impl World {
+    /// Reads through verity as the kernel does: the data of the table's device, if its tree is right.
+    fn verified(&self, table: &str, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        let words: Vec<_> = table.split_whitespace().collect();
+        let broken = || io::Error::from_raw_os_error(5);
+        let [_, _, number, _, _, _, blocks, _, _, root, salt, ..] = words[..] else {
+            return Err(broken());
+        };
+        let minor = number.rsplit(':').next().unwrap_or_default();
+        let device = self.nodes.iter().find(|(path, _)| path.ends_with(&format!("vda{minor}")));
+        let Some((_, Node::Device { pages, .. })) = device else { return Err(broken()) };
+        let blocks: u64 = blocks.parse().map_err(|_| broken())?;
+        let empty = vec![0; PAGE as usize];
+        let data = (0..blocks).flat_map(|at| pages.get(&at).unwrap_or(&empty).clone());
+        let data: Vec<u8> = data.collect();
+        let salt = crate::verity::unhex(salt).unwrap_or_default();
+        let tree = crate::verity::build(data.as_slice(), blocks, &salt, [0; 16])?;
+        if crate::verity::hex(&tree.verity.root) != root {
+            return Err(broken());
+        }
+        let start = usize::try_from(offset).expect("small");
+        data.get(start..start + len).map(<[u8]>::to_vec).ok_or_else(broken)
+    }
+}
+
 fn not_found() -> io::Error {
     io::Error::from(io::ErrorKind::NotFound)
 }
@@ -429,6 +461,10 @@ impl Kernel for Machine {
         let mut world = self.world();
         world.note(format!("read_at {path} {offset} {len}"))?;
         if path.starts_with("/dev/dm-") {
+            if path != "/dev/dm-0" {
+                let table = world.tables.get("update").cloned().unwrap_or_default();
+                return world.verified(&table, offset, len);
+            }
             let table = world.tables.get("root").cloned().unwrap_or_default();
             let device = table.split_whitespace().nth(2).unwrap_or_default();
             return match world.good_roots.contains(device) {
@@ -494,6 +530,45 @@ impl Kernel for Machine {
             }
             _ => Err(not_found()),
         }
+    }
+
+    fn read_direct(&self, path: &str, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        let all = match self.world().nodes.get(path) {
+            Some(Node::File(bytes)) => bytes.len() as u64,
+            Some(Node::Device { len, .. }) => *len,
+            _ => return Err(not_found()),
+        };
+        let len = len.min(usize::try_from(all.saturating_sub(offset)).expect("small"));
+        self.read_at(path, offset, len)
+    }
+
+    fn write_direct(&self, path: &str, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        assert!(
+            offset.is_multiple_of(PAGE) && (bytes.len() as u64).is_multiple_of(PAGE),
+            "aligned"
+        );
+        self.write_at(path, offset, bytes)
+    }
+
+    fn flush(&self, path: &str) -> io::Result<()> {
+        self.world().note(format!("flush {path}"))
+    }
+
+    fn file_len(&self, path: &str) -> io::Result<u64> {
+        match self.world().nodes.get(path) {
+            Some(Node::File(bytes)) => Ok(bytes.len() as u64),
+            _ => Err(not_found()),
+        }
+    }
+
+    fn remove_folder(&self, path: &str) -> io::Result<()> {
+        let mut world = self.world();
+        world.note(format!("remove_folder {path}"))?;
+        for below in world.below(path) {
+            world.nodes.remove(&below);
+        }
+        world.nodes.remove(path);
+        Ok(())
     }
 
     fn write_variable(&self, path: &str, bytes: &[u8]) -> io::Result<()> {
@@ -563,6 +638,7 @@ impl Kernel for Machine {
 
     fn device_mapper(&self, command: u8, request: &mut Vec<u8>) -> io::Result<()> {
         let (name, table) = crate::mapper::explain(request);
+        let minor = u64::from(name != "root");
         let mut world = self.world();
         match command {
             crate::mapper::CREATE => world.note(format!("dm create {name}"))?,
@@ -576,7 +652,7 @@ impl Kernel for Machine {
                 world.tables.remove(&name);
             }
         }
-        request[40..48].copy_from_slice(&(254_u64 << 8).to_ne_bytes());
+        request[40..48].copy_from_slice(&(254_u64 << 8 | minor).to_ne_bytes());
         Ok(())
     }
 

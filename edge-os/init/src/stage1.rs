@@ -9,8 +9,9 @@
 //! it would have to be process 1 and do nothing wrong itself, for twice the memory. See `main`.
 
 use crate::cmdline::CommandLine;
+use crate::confirm::{self, Confirm};
 use crate::console::{Console, Problem, Word, chain};
-use crate::control::{self, Facts, Lines, Request};
+use crate::control::{self, BeatLine, Facts, Lines, Request, UpdateLine};
 use crate::kernel::{Ending, Exit, Kernel, Mount, NODEV, NOSUID, RDONLY, REMOUNT, line};
 use crate::logring::{self, Ring};
 use crate::modules::Modules;
@@ -21,7 +22,9 @@ use crate::stage0::{Handover, WATCHDOG, WATCHDOG_TIMEOUT};
 use crate::state::{self, State};
 use crate::supervise::{Action, Beat, REBOOTS_WITHIN, Supervisor};
 use crate::uevent::Uevent;
-use crate::{boot, clock, linux, mounts, uevent};
+use crate::update::core::Seen;
+use crate::update::{self, Effect, Ordered, Updates};
+use crate::{boot, clock, linux, mounts, trust, uevent};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
@@ -38,6 +41,7 @@ const RUNNING: &str = "/run/skerry/services.json";
 /// Where the network service says how it is.
 const NETWORK_STATE: &str = "/run/skerry/network.json";
 const IMAGE: &str = "/usr/share/skerry/image.json";
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 const MACHINE_ID: &str = "/state/machine-id";
 const RANDOM_SEED: &str = "/state/secrets/random-seed";
 const RANDOM_SEED_LEN: usize = 512;
@@ -81,6 +85,8 @@ pub struct Image {
     pub arch: String,
     /// `production` or `debug`.
     pub variant: String,
+    /// A version with a lower one is not taken.
+    pub release_counter: u64,
 }
 
 /// A service that ran when this program was started again.
@@ -428,6 +434,12 @@ pub struct Owner {
     buttons: Vec<i32>,
     signals: Option<i32>,
     finished: bool,
+    updates: Updates,
+    /// The agent's last word of this start of it.
+    beat: Option<(Duration, BeatLine)>,
+    /// A change of the site that is being tried, and the agent's process before it.
+    confirm: Option<(Confirm, Option<i32>)>,
+    changed: Option<confirm::Status>,
 }
 
 impl Owner {
@@ -445,7 +457,24 @@ impl Owner {
             .collect();
         let kernel_log = machine.kernel_log_from.then(|| linux::open_nonblocking("/dev/kmsg").ok());
         let kernel_log = kernel_log.flatten().map(|fd| (fd, Ring::open(kernel, KERNEL_LOG)));
+        let Image { version, arch, variant, release_counter: counter, .. } = machine.image.clone();
+        let updates = Updates::new(update::Machine {
+            kernel,
+            console: machine.console,
+            modules: machine.modules.clone(),
+            disk: machine.handover.disk.clone(),
+            slot: machine.handover.slot.clone(),
+            version,
+            arch,
+            variant,
+            counter,
+            boot_id: line(kernel, BOOT_ID),
+        });
         Self {
+            updates,
+            beat: None,
+            confirm: None,
+            changed: None,
             supervisor: Supervisor::new(services(machine.debug), now, &reboots),
             machine,
             site: None,
@@ -472,6 +501,7 @@ impl Owner {
     /// Goes on with the services that ran before this program was started again.
     pub fn resume(&mut self) {
         let now = self.kernel().uptime();
+        self.machine.handover.resumed = self.machine.handover.resumed.max(1);
         let bytes = self.kernel().read(RUNNING, FILE_LEN_MAX).unwrap_or_default();
         let ran: Vec<Ran> = serde_json::from_slice(&bytes).unwrap_or_default();
         for one in ran {
@@ -485,6 +515,11 @@ impl Owner {
 
     /// Looks for the site and wants the services that follow from it and from how the machine is.
     pub fn begin(&mut self) {
+        if matches!(self.machine.state, State::Kept { .. }) {
+            let started = self.machine.handover.resumed == 0;
+            self.updates.begin(self.kernel().uptime(), started);
+            self.revert_site("the machine was started again before there was a link");
+        }
         self.look_for_site();
         let first = self.site.is_none() && !self.broken && !self.kernel().exists(provision::STORED);
         if first && self.machine.handover.first_boot {
@@ -570,6 +605,9 @@ impl Owner {
             if brought.block || (brought.net && self.site.is_none()) {
                 self.look_for_site();
             }
+            if brought.block && self.blessed {
+                self.look_for_update();
+            }
         } else if self.listener.as_ref().is_some_and(|listener| listener.as_raw_fd() == fd) {
             self.accept();
         } else if self.clients.contains_key(&fd) {
@@ -608,6 +646,9 @@ impl Owner {
         while let Some((pid, exit)) = self.kernel().reap() {
             let now = self.kernel().uptime();
             if let Some(name) = self.supervisor.name_of(pid) {
+                if name == AGENT {
+                    self.beat = None;
+                }
                 self.drain_output(name);
                 self.tell_last_words(name, exit);
             }
@@ -887,7 +928,12 @@ impl Owner {
     pub fn handle_request(&mut self, request: Request) -> Option<String> {
         let now = self.kernel().uptime();
         match request {
-            Request::Beat(line) => self.supervisor.handle_beat(now, &Beat::from(line)),
+            Request::Beat(line) => {
+                let missing = line.trial.as_ref().map(|trial| trial.missing.clone());
+                self.updates.handle_missing(missing);
+                self.beat = Some((now, line.clone()));
+                self.supervisor.handle_beat(now, &Beat::from(line));
+            }
             Request::Reboot(reason) => {
                 self.supervisor.order(
                     now,
@@ -905,8 +951,114 @@ impl Owner {
             Request::TokenUsed(true) => self.destroy_token(),
             Request::TokenUsed(false) => {}
             Request::Facts(_) => return serde_json::to_string(&self.facts()).ok(),
+            Request::Update(UpdateLine { dir, pods, connected }) => {
+                let taken = self.updates.handle_update(&Ordered { dir, pods, connected });
+                let taken = taken.map_err(|error| (chain(&error), error.hint()));
+                return Some(control::answer("update", taken));
+            }
+            Request::Rollback(reason) => {
+                let taken = self.updates.handle_rollback(&reason.reason);
+                let taken = taken.map_err(|error| (chain(&error), error.hint()));
+                return Some(control::answer("rollback", taken));
+            }
+            Request::Site(new) => {
+                let taken = self.change_site(now, &new.text);
+                let taken = taken.map_err(|error| (chain(&error), error.hint()));
+                return Some(control::answer("site", taken));
+            }
+            Request::Trust(line) => {
+                let signature = crate::verity::unhex(&line.signature).unwrap_or_default();
+                let taken = trust::take(self.kernel(), line.statement.as_bytes(), &signature);
+                let taken = taken.map(drop).map_err(|error| (chain(&error), error.hint().into()));
+                return Some(control::answer("trust", taken));
+            }
         }
         None
+    }
+
+    /// Tries another site; see [`crate::confirm`].
+    fn change_site(&mut self, now: Duration, text: &str) -> Result<(), confirm::ChangeError> {
+        if self.confirm.is_some() {
+            return Err(confirm::ChangeError::Busy);
+        }
+        confirm::check(text, self.site.as_ref())?;
+        confirm::write(self.kernel(), text)?;
+        let connected = self.beat.as_ref().is_some_and(|(_, beat)| beat.connected);
+        let agent = self.agent_pid();
+        self.confirm = Some((Confirm::new(now, connected), agent));
+        self.changed = Some(confirm::Status { step: "trial", reason: String::new() });
+        self.console().say(Word::Site, "another site is being tried");
+        self.look_for_site();
+        Ok(())
+    }
+
+    fn agent_pid(&self) -> Option<i32> {
+        self.supervisor.running().find(|(name, _)| *name == AGENT).map(|(_, pid)| pid)
+    }
+
+    fn look_at_change(&mut self, now: Duration) {
+        let Some((confirm, agent)) = &self.confirm else { return };
+        // The agent of before may still say that it is connected.
+        let new = self.agent_pid() != *agent;
+        let connected = new && self.beat.as_ref().is_some_and(|(_, beat)| beat.connected);
+        match confirm.look(now, connected) {
+            None => {}
+            Some(Ok(reason)) => {
+                self.confirm = None;
+                if confirm::keep(self.kernel()).is_ok() {
+                    self.console().say(Word::Site, format_args!("the new site holds: {reason}"));
+                }
+                self.changed = Some(confirm::Status { step: "kept", reason: reason.into() });
+            }
+            Some(Err(reason)) => {
+                self.confirm = None;
+                self.revert_site(&reason);
+                self.look_for_site();
+            }
+        }
+    }
+
+    /// Puts the site before back, if one is being tried.
+    fn revert_site(&mut self, reason: &str) {
+        match confirm::revert(self.kernel()) {
+            Ok(false) => {}
+            Ok(true) => {
+                self.console()
+                    .say(Word::Site, format_args!("the site before holds again: {reason}"));
+                self.changed = Some(confirm::Status { step: "reverted", reason: reason.into() });
+            }
+            Err(error) => {
+                let what = format!("the site before could not be put back: {error}");
+                self.console()
+                    .problem("change", Problem::new(what, "it is tried again at the next start"));
+            }
+        }
+    }
+
+    fn look_for_update(&mut self) {
+        let (connected, pods) =
+            self.beat.as_ref().map_or((false, 0), |(_, beat)| (beat.connected, beat.pods));
+        self.updates.look_for_stick(connected, pods);
+    }
+
+    /// What the gate of a new version sees.
+    fn seen(&self, now: Duration) -> Seen {
+        let mounts = self.kernel().read("/proc/self/mounts", 4 << 20).unwrap_or_default();
+        let mounts = String::from_utf8_lossy(&mounts).into_owned();
+        let state = mounts.lines().find(|line| line.split(' ').nth(1) == Some("/state"));
+        let read_only = state
+            .and_then(|line| line.split(' ').nth(3))
+            .is_some_and(|options| options.split(',').any(|option| option == "ro"));
+        let beat = self.beat.as_ref();
+        Seen {
+            state: matches!(self.machine.state, State::Kept { .. }) && !read_only,
+            containerd: self.supervisor.is_up(CONTAINERD),
+            agent: self.site.is_some(),
+            beat: beat.map(|(at, _)| now.saturating_sub(*at)),
+            connected: beat.is_some_and(|(_, beat)| beat.connected),
+            pods: beat.map_or(0, |(_, beat)| beat.pods),
+            missing: None,
+        }
     }
 
     fn facts(&self) -> Facts {
@@ -925,13 +1077,17 @@ impl Owner {
         Facts {
             version: self.machine.image.version.clone(),
             variant: if self.machine.debug { "debug" } else { "production" }.into(),
-            boot_id: line(self.kernel(), "/proc/sys/kernel/random/boot_id"),
+            boot_id: line(self.kernel(), BOOT_ID),
             source,
             problems: self.console().problems(),
             uptime_s: self.kernel().uptime().as_secs(),
             clock: clock.into(),
             slot: self.machine.handover.slot.clone(),
             state: state.into(),
+            update: self.updates.status(),
+            releases: self.updates.releases(),
+            trial: self.updates.trial_facts(),
+            site: self.changed.clone(),
         }
     }
 
@@ -1065,7 +1221,12 @@ impl Owner {
 
     fn next_tick(&self) -> Duration {
         let look = if self.site.is_none() { self.next_look } else { self.next_keep };
-        look.min(self.next_network).min(self.next_keep).min(self.next_room)
+        let rest = look.min(self.next_network).min(self.next_keep).min(self.next_room);
+        if self.supervisor.is_ending() {
+            return rest;
+        }
+        let change = self.confirm.as_ref().map(|(confirm, _)| confirm.until());
+        self.updates.poll_timeout().into_iter().chain(change).fold(rest, Duration::min)
     }
 
     fn tick(&mut self, now: Duration) {
@@ -1083,10 +1244,24 @@ impl Owner {
             let soon = now < Duration::from_secs(60) && !self.online;
             self.next_network = now + if soon { NETWORK_SOON } else { NETWORK_INTERVAL };
         }
-        if !self.blessed && self.is_healthy(now) {
+        if !self.blessed && !self.updates.is_on_trial() && self.is_healthy(now) {
             self.blessed = true;
             self.bless();
+            self.updates.handle_healthy();
+            self.look_for_update();
         }
+        let waits = self.updates.poll_timeout().is_some_and(|next| next <= now);
+        let seen = if waits { self.seen(now) } else { Seen::default() };
+        for effect in self.updates.poll(now, &seen) {
+            match effect {
+                Effect::Restart(reason) => self.supervisor.order(now, Ending::Reboot, &reason),
+                Effect::Blessed => {
+                    self.blessed = true;
+                    self.look_for_update();
+                }
+            }
+        }
+        self.look_at_change(now);
         if self.next_keep <= now {
             clock::keep(self.kernel());
             self.next_keep = now + clock::KEEP_INTERVAL;
@@ -1509,6 +1684,46 @@ mod tests {
         ];
         assert!(steps[..8].is_sorted() && steps[10] > steps[9], "{log:#?}");
         assert!(machine.has_said("shutdown", "starting again: the agent asks for it (update)"));
+    }
+
+    #[test]
+    fn site_without_a_link_is_taken_back_after_two_minutes_and_at_once_after_a_restart() {
+        let newer =
+            SITE.replace("revision = 1", "revision = 2").replace("hub.example", "new.example");
+        let tried = || {
+            let machine = machine();
+            machine.file(provision::STORED, SITE.as_bytes());
+            let mut owner = owner(machine);
+            owner.begin();
+            machine.file(service::CONTAINERD_SOCKET, b"");
+            machine.advance_ms(60_000);
+            settle(&mut owner);
+            let beat = BeatLine { connected: true, ..BeatLine::default() };
+            owner.handle_request(Request::Beat(beat));
+            let site = control::SiteLine { text: newer.clone() };
+            let answer = owner.handle_request(Request::Site(site.clone())).expect("answered");
+            assert_eq!(answer, r#"{"site":{"accepted":true}}"#);
+            let again = owner.handle_request(Request::Site(site)).expect("answered");
+            assert!(again.contains("being tried"), "{again}");
+            assert!(machine.text(service::AGENT_CONFIG).expect("there").contains("new.example"));
+            (machine, owner)
+        };
+        let (machine, mut owner) = tried();
+        owner.tick(machine.uptime());
+        assert_eq!(owner.changed.as_ref().map(|status| status.step), Some("trial"), "an old beat");
+        machine.advance_ms(121_000);
+        owner.tick(machine.uptime());
+        assert_eq!(owner.changed.as_ref().map(|status| status.step), Some("reverted"));
+        assert_eq!(machine.text(provision::STORED).as_deref(), Some(SITE));
+        assert!(machine.text(service::AGENT_CONFIG).expect("there").contains("hub.example"));
+
+        let (machine, _) = tried();
+        let mut again = super::tests::owner(machine);
+        again.begin();
+        assert_eq!(machine.text(provision::STORED).as_deref(), Some(SITE));
+        let facts = again.handle_request(Request::Facts(control::Nothing {})).expect("one line");
+        assert!(facts.contains(r#""site":{"step":"reverted""#), "{facts}");
+        assert!(facts.contains(r#""update":null,"releases":{"running":"1.0""#), "{facts}");
     }
 
     #[test]

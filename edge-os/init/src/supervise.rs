@@ -198,6 +198,11 @@ impl Supervisor {
         self.ready
     }
 
+    /// Whether this service runs and takes connections.
+    pub fn is_up(&self, name: &str) -> bool {
+        self.units.iter().any(|unit| unit.service.name == name && unit.is_ready())
+    }
+
     /// Whether everything that the node needs and that is wanted has been alive for [`GOOD_RUN`] without a stop.
     pub fn is_sound(&self, now: Duration) -> bool {
         let mut wanted = self.units.iter().filter(|unit| unit.service.vital).peekable();
