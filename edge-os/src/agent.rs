@@ -20,7 +20,7 @@ use crate::node;
 use crate::objects::{Found, LookupRequest, StoredObjects};
 use crate::os;
 use crate::pods::{
-    Engine, EngineConfig, EngineEvent, ObjectKind, ResetError, RuntimeInfo, StartError,
+    Engine, EngineConfig, EngineEvent, Limit, ObjectKind, ResetError, RuntimeInfo, StartError,
 };
 use crate::preload;
 use crate::qualification::{self, Published};
@@ -34,6 +34,7 @@ use skerry_edge_core::Now;
 use skerry_edge_core::event::EventReport;
 use skerry_edge_core::meta::{Effect, Meta, Step};
 use skerry_edge_core::node::COMPUTE_INTERVAL;
+use skerry_edge_core::rules::RuleLimits;
 use skerry_edge_core::status::PodKey;
 use skerry_edge_core::uplink::{Output, Ticket, Uplink};
 use skerry_protocol::bus::EVENT_ROUTER;
@@ -331,6 +332,20 @@ fn not_running(status: &PodStatus) -> Option<String> {
         let why = waits.or_else(|| ended.map(|of| format!("ended with {}", of.exit_code)))?;
         Some(format!("container `{}` {why}", container.name))
     })
+}
+
+/// What all rules together let run.
+fn limits_of(rules: &[RuleLimits]) -> Vec<Limit> {
+    let of = |rule: &RuleLimits| {
+        let namespace = rule.rule.split('/').next().unwrap_or_default().to_owned();
+        let limits = rule.limits.clone().into_iter();
+        limits.map(move |(workload, replicas)| Limit {
+            namespace: namespace.clone(),
+            workload,
+            replicas,
+        })
+    };
+    rules.iter().flat_map(of).collect()
 }
 
 /// Gives the runtime the images that come with the machine, as far as it lacks them; pods wait for it, as their sandboxes
@@ -669,8 +684,12 @@ impl Agent {
                     let namespace = rule.split('/').next().unwrap_or_default();
                     let done = engine.restart(namespace, &workload).await;
                     let done = done.map_err(|error| chain(&error));
-                    let _ = twin.send(TwinEvent::Restarted { rule, workload, done }).await;
+                    let what = format!("restarted {workload}");
+                    let _ = twin.send(TwinEvent::RuleDone { rule, what, done }).await;
                 });
+            }
+            Action::Twin(Up::Limit(limits)) => {
+                self.limit(limits).await;
             }
             Action::Twin(Up::Upload { topic, text }) => self.uplink.push_upload(topic, text),
             Action::Job(Done::Report(report)) => {
@@ -978,6 +997,25 @@ impl Agent {
         settled.iter().for_each(|key| self.uplink.forget_pod(now(), &key.uid));
     }
 
+    /// Lets run what a rule says, from here on and after a restart.
+    async fn limit(&mut self, limits: RuleLimits) {
+        let (rule, twin) = (limits.rule.clone(), self.twin.clone());
+        let list = limits.limits.iter().map(|(workload, most)| format!("{most} of {workload}"));
+        let what = match list.collect::<Vec<_>>().join(", ") {
+            list if list.is_empty() => "let all pods run here that the cluster wants".to_owned(),
+            list => format!("let run here at most {list}"),
+        };
+        let written = self.store.write_limits(limits).await;
+        if written.is_ok() {
+            self.engine.set_limits(limits_of(&self.store.read_limits())).await;
+        }
+        let done = written.map_err(|error| chain(&error));
+        // A task of its own: the twin may be waiting for this one.
+        tokio::spawn(async move {
+            let _ = twin.send(TwinEvent::RuleDone { rule, what, done }).await;
+        });
+    }
+
     /// Starts what the database holds, before any link.
     async fn start_pods(&mut self, restored: Vec<Effect>, deleted: HashSet<String>) {
         let mut pods = Vec::new();
@@ -988,6 +1026,8 @@ impl Agent {
             }
         }
         tracing::info!(node = self.config.node_name, pods = pods.len(), trust = ?self.trust, "starting from the database");
+        // Before the pods: one that may not run is not even begun.
+        self.engine.set_limits(limits_of(&self.store.read_limits())).await;
         // A file can also be sound and old, or have lost its end: what else runs here is left to the hub's word.
         self.engine.resume(pods, deleted).await;
     }

@@ -14,6 +14,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params};
 use skerry_edge_core::meta::{Row, TOMBSTONES_MAX, Tombstone, Write};
 use skerry_edge_core::outbox;
 use skerry_edge_core::pods::backoff::RestartRecord;
+use skerry_edge_core::rules::RuleLimits;
 use skerry_edge_core::twin;
 use std::collections::HashMap;
 use std::fs;
@@ -171,6 +172,7 @@ enum Change {
     Outbox(Vec<outbox::Change>),
     Twins(Vec<twin::Write>),
     Follow { topic: String, wanted: bool },
+    Limits(RuleLimits),
 }
 
 struct Job {
@@ -286,6 +288,25 @@ impl Store {
     /// [`WriteError`]; nothing is changed then.
     pub async fn write_followed(&self, topic: String, wanted: bool) -> Result<(), WriteError> {
         self.change(Change::Follow { topic, wanted }).await
+    }
+
+    /// Keeps what a rule lets run, instead of what it let run before.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError`]; nothing is changed then.
+    pub async fn write_limits(&self, limits: RuleLimits) -> Result<(), WriteError> {
+        self.change(Change::Limits(limits)).await
+    }
+
+    /// Returns what rules let run. Nothing, when it cannot be read.
+    pub fn read_limits(&self) -> Vec<RuleLimits> {
+        let reader = self.reader.lock().expect("a read does not panic");
+        let reader = reader.as_ref().expect("present until drop");
+        twin_store::limits(reader).unwrap_or_else(|error| {
+            tracing::error!(%error, "could not read from the database what rules let run");
+            Vec::new()
+        })
     }
 
     /// Returns what is kept of devices and mappers. Nothing, when it cannot be read.
@@ -575,6 +596,7 @@ fn apply<'a>(
                 changes.iter().try_for_each(|change| twin_store::apply(&transaction, change))?;
             }
             Change::Follow { topic, wanted } => twin_store::follow(&transaction, topic, *wanted)?,
+            Change::Limits(limits) => twin_store::limit(&transaction, limits)?,
         }
     }
     transaction.commit()

@@ -9,7 +9,7 @@
 use jiff::Timestamp;
 use serde_json::{Value, json};
 use skerry_edge_core::event::EventReport;
-use skerry_edge_core::rules::{Output, Rules, Told};
+use skerry_edge_core::rules::{Output, RuleLimits, Rules, Told};
 use skerry_edge_core::twin::Id;
 use skerry_protocol::ResourcePath;
 use std::fs::{self, File};
@@ -27,6 +27,7 @@ pub(crate) enum Doing {
     Set { rule: Id, device: String, property: String, value: String },
     Publish { rule: Id, topic: String, payload: String },
     Restart { rule: Id, workload: String },
+    Limit(RuleLimits),
 }
 
 /// The rules, and the log of what they did.
@@ -60,6 +61,7 @@ impl Ruler {
         loop {
             let (rule, action) = match self.rules.poll_output()? {
                 Output::Act { rule, action } => (rule, action),
+                Output::Limit(limits) => return Some(Doing::Limit(limits)),
                 Output::Told(told) => return Some(self.told(&told)),
             };
             let namespace = rule.split('/').next().unwrap_or_default();

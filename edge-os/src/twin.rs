@@ -17,10 +17,11 @@ use serde_json::Value;
 use skerry_edge_core::Now;
 use skerry_edge_core::event::EventReport;
 use skerry_edge_core::history::query::Page;
+use skerry_edge_core::rules::RuleLimits;
 use skerry_edge_core::twin::mapper::{Call, Called};
 use skerry_edge_core::twin::{Id, Input, Output, Twin, Weight};
 use skerry_protocol::{Capabilities, Message, Operation, ResourcePath};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -56,12 +57,12 @@ pub(crate) enum Event {
     Connected(Capabilities),
     /// It is gone.
     Disconnected,
-    /// What came of an [`Up::Restart`].
-    Restarted {
+    /// What came of an [`Up::Restart`] or an [`Up::Limit`].
+    RuleDone {
         /// From there.
         rule: Id,
-        /// From there.
-        workload: String,
+        /// What it was, for people.
+        what: String,
         /// A reason for people, when nothing came of it.
         done: Result<(), String>,
     },
@@ -81,7 +82,9 @@ pub(crate) enum Up {
     },
     /// Something for the cluster to know.
     Event(Box<EventReport>),
-    /// A rule wants the containers of a workload to be restarted; answered with [`Event::Restarted`].
+    /// A rule limits what runs here, or does so no more; answered with [`Event::RuleDone`].
+    Limit(RuleLimits),
+    /// A rule wants the containers of a workload to be restarted; answered with [`Event::RuleDone`].
     Restart {
         /// `namespace/name` of the rule.
         rule: Id,
@@ -146,6 +149,7 @@ pub(crate) async fn run(parts: Parts, stop: CancellationToken) {
         dropped_told: 0,
         keeper: history.map(|config| Keeper::new(&config, &dir)),
         ruler: Ruler::new(&node, &dir),
+        limits: BTreeMap::new(),
     };
     let inbox = Inbox { events, from_bus, from_mappers, from_probes, asks };
     owner.run(inbox, stop).await;
@@ -187,6 +191,8 @@ struct Owner {
     /// The history, if it is kept.
     keeper: Option<Keeper>,
     ruler: Ruler,
+    /// Limits of rules that wait for room on the way to the agent; at most one per rule.
+    limits: BTreeMap<Id, RuleLimits>,
     twin: Twin,
     store: Arc<Store>,
     up: mpsc::Sender<Up>,
@@ -216,6 +222,9 @@ impl Owner {
             }
         }
         self.twin.handle(now(), Input::Restored);
+        for limits in self.store.read_limits() {
+            self.ruler.rules.resume(&limits);
+        }
         loop {
             let blocked = self.drain();
             let wait = self.twin.poll_timeout(now().mono);
@@ -343,6 +352,14 @@ impl Owner {
             }
         }
         self.tell_dropped();
+        while let Some((rule, limits)) = self.limits.pop_first() {
+            if let Err(error) = self.up.try_send(Up::Limit(limits)) {
+                if let mpsc::error::TrySendError::Full(Up::Limit(limits)) = error {
+                    self.limits.insert(rule, limits);
+                }
+                return !self.up.is_closed();
+            }
+        }
         loop {
             let Ok(permit) = self.up.try_reserve() else { return !self.up.is_closed() };
             match self.twin.poll_transmit(now()) {
@@ -389,6 +406,11 @@ impl Owner {
                     };
                     (rule, what, done)
                 }
+                Doing::Limit(limits) => {
+                    // Of each rule the newest word; it waits for room, for nobody else would lift a limit.
+                    self.limits.insert(limits.rule.clone(), limits);
+                    continue;
+                }
                 Doing::Restart { rule, workload } => {
                     let up = Up::Restart { rule: rule.clone(), workload: workload.clone() };
                     if self.up.try_send(up).is_ok() {
@@ -425,8 +447,7 @@ impl Owner {
             Event::Connected(capabilities) => Input::Connected(capabilities),
             Event::Disconnected => Input::Disconnected,
             Event::Bus(message) => return self.take_bus(&message).await,
-            Event::Restarted { rule, workload, done } => {
-                let what = format!("restarted {workload}");
+            Event::RuleDone { rule, what, done } => {
                 return self.ruler.rules.done(&rule, &what, done);
             }
         };

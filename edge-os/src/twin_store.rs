@@ -5,6 +5,7 @@
 //! here because its object is, and its values are reported again.
 
 use rusqlite::{Connection, params};
+use skerry_edge_core::rules::RuleLimits;
 use skerry_edge_core::twin::mapper::{Change, Object};
 use skerry_edge_core::twin::{Kept, Write};
 
@@ -106,11 +107,69 @@ pub(crate) fn followed(connection: &Connection) -> rusqlite::Result<Vec<String>>
     query.query_map([], |row| row.get(0))?.collect()
 }
 
+/// Made with the first row and no part of the version: an older agent knows nothing of it and runs all the same.
+const LIMITS: &str =
+    "CREATE TABLE IF NOT EXISTS rule_limits (rule TEXT NOT NULL, active INTEGER NOT NULL,
+    workload TEXT NOT NULL, replicas INTEGER NOT NULL, PRIMARY KEY (rule, workload)) WITHOUT ROWID";
+
+/// Keeps what a rule lets run.
+pub(crate) fn limit(connection: &Connection, limits: &RuleLimits) -> rusqlite::Result<()> {
+    connection.execute(LIMITS, [])?;
+    connection.execute("DELETE FROM rule_limits WHERE rule = ?1", [&*limits.rule])?;
+    for (workload, replicas) in &limits.limits {
+        connection.execute(
+            "INSERT INTO rule_limits VALUES (?1, ?2, ?3, ?4)",
+            params![&*limits.rule, limits.active, workload, replicas],
+        )?;
+    }
+    Ok(())
+}
+
+/// What rules let run.
+pub(crate) fn limits(connection: &Connection) -> rusqlite::Result<Vec<RuleLimits>> {
+    let exists = "SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE name = 'rule_limits')";
+    if !connection.query_row(exists, [], |row| row.get::<_, bool>(0))? {
+        return Ok(Vec::new());
+    }
+    let mut query = connection.prepare(
+        "SELECT rule, active, workload, replicas FROM rule_limits ORDER BY rule, workload",
+    )?;
+    let mut found: Vec<RuleLimits> = Vec::new();
+    let mut rows = query.query([])?;
+    while let Some(row) = rows.next()? {
+        let (rule, active): (String, bool) = (row.get(0)?, row.get(1)?);
+        let one = (row.get(2)?, row.get(3)?);
+        match found.last_mut().filter(|last| *last.rule == *rule) {
+            Some(last) => last.limits.push(one),
+            None => found.push(RuleLimits { rule: rule.into(), active, limits: vec![one] }),
+        }
+    }
+    Ok(found)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use skerry_edge_core::twin::DeviceRow;
     use skerry_edge_core::twin::mapper::Info;
+
+    #[test]
+    fn what_rules_let_run_is_replaced_as_a_whole() {
+        let connection = Connection::open_in_memory().expect("a database");
+        assert!(limits(&connection).expect("no table is nothing").is_empty());
+        let one = |rule: &str, active, limits: &[(&str, u32)]| RuleLimits {
+            rule: rule.into(),
+            active,
+            limits: limits.iter().map(|(workload, most)| ((*workload).to_owned(), *most)).collect(),
+        };
+        limit(&connection, &one("a/x", true, &[("web", 0), ("app", 2)])).expect("written");
+        limit(&connection, &one("a/y", false, &[("web", 1)])).expect("written");
+        limit(&connection, &one("a/x", false, &[("web", 3)])).expect("written");
+        let kept = limits(&connection).expect("readable");
+        assert_eq!(kept, [one("a/x", false, &[("web", 3)]), one("a/y", false, &[("web", 1)])]);
+        limit(&connection, &one("a/x", false, &[])).expect("written");
+        assert_eq!(limits(&connection).expect("readable"), kept[1..]);
+    }
 
     #[test]
     fn what_is_kept_comes_back_and_a_mapper_that_begins_anew_knows_nothing() {

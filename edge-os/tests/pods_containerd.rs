@@ -11,7 +11,7 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::Pod;
 use pods_support::{Agent, IMAGE, Machine, TURN, pod, shell, unable};
 use serde_json::{Value, json};
-use skerry_edge::pods::ObjectKind;
+use skerry_edge::pods::{Limit, ObjectKind};
 
 /// Runs a test on a machine of its own; the body ends with the agent that is left.
 macro_rules! on_machine {
@@ -502,6 +502,87 @@ async fn pod_of_the_same_name_waits_until_the_old_one_is_gone() {
         agent.engine.upsert(deleted(&make(), 1)).await;
         agent.wait_running("twin-2").await;
         assert_eq!(agent.gone, ["twin-uid"], "the first was gone before the second ran");
+        agent
+    });
+}
+
+/// A container that ends when it is asked to.
+fn polite(name: &str) -> Value {
+    shell(name, "trap 'exit 0' TERM; while true; do sleep 0.1; done")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workload_is_restarted_for_a_rule_and_others_are_left_alone() {
+    on_machine!(machine, agent, {
+        let make = |name: &str| pod(name, json!({"containers": [polite("a")]}));
+        agent.engine.set_pods(vec![make("web-1"), make("web-2"), make("webber")]).await;
+        let mut before = Vec::new();
+        for uid in ["web-1-uid", "web-2-uid", "webber-uid"] {
+            before.push(container_id(&agent.wait_running(uid).await, 0));
+        }
+        agent.engine.restart("default", "web").await.expect("restarts");
+        for (uid, old) in [("web-1-uid", &before[0]), ("web-2-uid", &before[1])] {
+            let restarted = |status: &Value| {
+                status["containerStatuses"][0]["restartCount"] == 1
+                    && status["containerStatuses"][0]["state"]["running"].is_object()
+            };
+            let status = agent.wait(uid, "a restarted container", restarted).await;
+            assert_ne!(container_id(&status, 0), *old);
+        }
+        let other = agent.wait_running("webber-uid").await;
+        assert_eq!(container_id(&other, 0), before[2], "`webber` is no pod of `web`");
+        let error = agent.engine.restart("other", "web").await.expect_err("another namespace");
+        assert_eq!(error.to_string(), "no container of it runs on this node");
+        agent
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rule_lets_fewer_pods_of_a_workload_run_also_after_a_restart_and_lets_them_go_on() {
+    on_machine!(machine, agent, {
+        let limit = |replicas| {
+            vec![Limit { namespace: "default".into(), workload: "web".into(), replicas }]
+        };
+        let make = |name: &str| pod(name, json!({"containers": [polite("a")]}));
+        let held = |status: &Value| {
+            status["containerStatuses"][0]["state"]["waiting"]["reason"] == "HeldByRule"
+        };
+        agent.engine.set_pods(vec![make("web-1"), make("web-2"), make("other")]).await;
+        let first = container_id(&agent.wait_running("web-1-uid").await, 0);
+        agent.wait_running("web-2-uid").await;
+        let other = container_id(&agent.wait_running("other-uid").await, 0);
+
+        agent.engine.set_limits(limit(1)).await;
+        let status = agent.wait("web-2-uid", "a held pod", held).await;
+        let is_ready = |condition: &Value| condition["type"] == "Ready";
+        let ready =
+            status["conditions"].as_array().expect("conditions").iter().find(|c| is_ready(c));
+        assert_eq!(ready.expect("one")["status"], "False", "nobody sends it work");
+        agent.wait_told("HeldByRule").await;
+        assert_eq!(container_id(&agent.wait_running("web-1-uid").await, 0), first);
+
+        // The next agent is told before it hears of pods, and begins nothing that may not run.
+        agent.engine.set_limits(limit(0)).await;
+        agent.wait("web-1-uid", "the other held pod", held).await;
+        drop(agent);
+        let mut agent = machine.engine().await;
+        agent.engine.set_limits(limit(0)).await;
+        agent
+            .engine
+            .set_pods(vec![make("web-1"), make("web-2"), make("web-3"), make("other")])
+            .await;
+        for uid in ["web-1-uid", "web-2-uid", "web-3-uid"] {
+            agent.wait(uid, "a pod that stays held", held).await;
+        }
+        assert_eq!(container_id(&agent.wait_running("other-uid").await, 0), other);
+
+        // When one goes another one takes its place, and without a limit all run.
+        agent.engine.set_limits(limit(1)).await;
+        agent.wait_running("web-1-uid").await;
+        agent.engine.upsert(deleted(&make("web-1"), 1)).await;
+        agent.wait_running("web-2-uid").await;
+        agent.engine.set_limits(Vec::new()).await;
+        agent.wait_running("web-3-uid").await;
         agent
     });
 }

@@ -10,6 +10,41 @@ use serde_json::{Value, json};
 /// Annotation of a Device: names of DeviceRules of its namespace that its node keeps, as a JSON list.
 pub const RULES_ANNOTATION: &str = "fleet.skerry.dev/rules";
 
+/// Actions of one rule, each way.
+pub const ACTIONS_MAX: usize = 16;
+/// Longest message that a rule publishes, in bytes, and longest value that it sets.
+pub const PAYLOAD_LEN_MAX: usize = 16 * 1024;
+/// Longest `forSeconds` and `cooldownSeconds`: a week.
+pub const SECONDS_MAX: f64 = 7.0 * 86_400.0;
+/// Longest name of a device, a property or a workload, in bytes.
+pub const NAME_LEN_MAX: usize = 253;
+
+/// Why nobody can keep a rule.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RuleFault {
+    /// None of the three, or more than one.
+    #[error("a rule has exactly one of `above`, `below` and `equals`")]
+    Condition,
+    /// A number out of its range, or no number.
+    #[error("`{0}` is out of range")]
+    Range(&'static str),
+    /// It does nothing, or too much.
+    #[error(
+        "a rule has 1 to {ACTIONS_MAX} actions, each with exactly one of `set`, `publish`, `restart` and `scale`"
+    )]
+    Actions,
+    /// A text that is too long or missing.
+    #[error("`{0}` is empty or too long")]
+    Text(&'static str),
+    /// Devices speak there; a rule would speak for them.
+    #[error("`publish.topic` cannot be `{0}`: no wildcards, and no topics that begin with `$`")]
+    Topic(String),
+    /// It would set itself off.
+    #[error("the rule sets `{0}`, which it watches")]
+    Loop(String),
+}
+
 /// A rule.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -40,6 +75,82 @@ pub struct DeviceRuleSpec {
     /// Least time between two beginnings, in seconds; 1 if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cooldown_seconds: Option<f64>,
+}
+
+impl DeviceRuleSpec {
+    /// Checks what the definition in the cluster cannot.
+    ///
+    /// # Errors
+    ///
+    /// [`RuleFault`], the first one.
+    pub fn check(&self) -> Result<(), RuleFault> {
+        let when = &self.when;
+        let kinds = [when.above.is_some(), when.below.is_some(), when.equals.is_some()];
+        if kinds.iter().filter(|is| **is).count() != 1 {
+            return Err(RuleFault::Condition);
+        }
+        let finite = |number: Option<f64>| number.is_none_or(f64::is_finite);
+        let within =
+            |number: Option<f64>, most: f64| number.is_none_or(|n| (0.0..=most).contains(&n));
+        for (fits, field) in [
+            (finite(when.above), "above"),
+            (finite(when.below), "below"),
+            (within(when.hysteresis, f64::MAX), "hysteresis"),
+            (within(when.for_seconds, SECONDS_MAX), "forSeconds"),
+            (within(self.cooldown_seconds, SECONDS_MAX), "cooldownSeconds"),
+        ] {
+            if !fits {
+                return Err(RuleFault::Range(field));
+            }
+        }
+        text(&when.device, "when.device")?;
+        text(&when.property, "when.property")?;
+        if self.then.is_empty()
+            || self.then.len() > ACTIONS_MAX
+            || self.otherwise.len() > ACTIONS_MAX
+        {
+            return Err(RuleFault::Actions);
+        }
+        self.then.iter().chain(&self.otherwise).try_for_each(|action| action.check(when))
+    }
+}
+
+impl RuleAction {
+    fn check(&self, when: &RuleCondition) -> Result<(), RuleFault> {
+        match (&self.set, &self.publish, &self.restart, &self.scale) {
+            (Some(set), None, None, None) => {
+                text(&set.device, "set.device")?;
+                text(&set.property, "set.property")?;
+                if set.value.len() > PAYLOAD_LEN_MAX {
+                    return Err(RuleFault::Text("set.value"));
+                }
+                if set.device == when.device && set.property == when.property {
+                    return Err(RuleFault::Loop(format!("{} {}", set.device, set.property)));
+                }
+                Ok(())
+            }
+            (None, Some(publish), None, None) => {
+                if publish.topic.is_empty() || publish.topic.len() > 1024 {
+                    return Err(RuleFault::Text("publish.topic"));
+                }
+                if publish.topic.contains(['+', '#', '\0']) || publish.topic.starts_with('$') {
+                    return Err(RuleFault::Topic(publish.topic.clone()));
+                }
+                if publish.payload.len() > PAYLOAD_LEN_MAX {
+                    return Err(RuleFault::Text("publish.payload"));
+                }
+                Ok(())
+            }
+            (None, None, Some(restart), None) => text(&restart.workload, "restart.workload"),
+            (None, None, None, Some(scale)) => text(&scale.workload, "scale.workload"),
+            _ => Err(RuleFault::Actions),
+        }
+    }
+}
+
+fn text(text: &str, field: &'static str) -> Result<(), RuleFault> {
+    let fits = !text.is_empty() && text.len() <= NAME_LEN_MAX;
+    if fits { Ok(()) } else { Err(RuleFault::Text(field)) }
 }
 
 /// Exactly one of `above`, `below` and `equals`.
@@ -80,6 +191,9 @@ pub struct RuleAction {
     /// Restarts the containers of a workload on the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restart: Option<RestartAction>,
+    /// Lets at most so many pods of a workload run on the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<ScaleAction>,
 }
 
 /// See [`RuleAction::set`].
@@ -112,6 +226,17 @@ pub struct RestartAction {
     pub workload: String,
 }
 
+/// See [`RuleAction::scale`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ScaleAction {
+    /// A pod of the rule's namespace, or a workload whose pods have this name before a `-`.
+    pub workload: String,
+    /// How many of its pods on this node may run at most; without it as many as the cluster gave the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<u32>,
+}
+
 crate::resource!(DeviceRule, "fleet.skerry.dev", "v1alpha1", "devicerules", Namespaced);
 
 /// The definition of DeviceRule.
@@ -128,6 +253,8 @@ pub fn device_rule_crd() -> Value {
                 json!({"device": name(), "property": name(), "value": text()})),
             "publish": object(&["topic", "payload"], json!({"topic": name(), "payload": text()})),
             "restart": object(&["workload"], json!({"workload": name()})),
+            "scale": object(&["workload"],
+                json!({"workload": name(), "replicas": {"type": "integer", "minimum": 0, "maximum": 1000}})),
         }),
     );
     action["minProperties"] = 1.into();

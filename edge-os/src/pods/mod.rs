@@ -296,6 +296,27 @@ pub(crate) struct BoardEntry {
     pub(crate) status: PodStatus,
 }
 
+/// How many pods of a workload may run on this node at most.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limit {
+    pub namespace: String,
+    /// A pod, or what is before a `-` in the names of pods.
+    pub workload: String,
+    pub replicas: u32,
+}
+
+impl Limit {
+    pub(crate) fn is_of(&self, namespace: &str, pod: &str) -> bool {
+        self.namespace == namespace && is_of(&self.workload, pod)
+    }
+}
+
+/// Whether a pod belongs to a workload, as far as names tell.
+fn is_of(workload: &str, pod: &str) -> bool {
+    let rest = pod.strip_prefix(workload);
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+}
+
 /// What callers ask of the owner loop.
 pub(crate) enum Command {
     SetPods(Vec<Arc<Pod>>),
@@ -304,6 +325,7 @@ pub(crate) enum Command {
     Remove { namespace: String, name: String, uid: String },
     ObjectsChanged { kind: ObjectKind, namespace: String, name: String },
     LinkUp,
+    SetLimits(Vec<Limit>),
     Reset { done: oneshot::Sender<Result<(), ResetError>> },
 }
 
@@ -430,13 +452,11 @@ impl Engine {
     /// Stops the running containers of a pod, or of all pods whose names begin with `workload` and a `-`; they start again as
     /// their pods' restart policies say.
     pub async fn restart(&self, namespace: &str, workload: &str) -> Result<(), RestartError> {
-        let is_of = |name: &str| {
-            let rest = name.strip_prefix(workload);
-            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
-        };
         let ids: Vec<String> = {
             let pods = self.board.pods.read().expect("board lock");
-            let pods = pods.values().filter(|pod| pod.namespace == namespace && is_of(&pod.name));
+            let pods = pods
+                .values()
+                .filter(|pod| pod.namespace == namespace && is_of(workload, &pod.name));
             let containers = pods.flat_map(|pod| pod.status.container_statuses.iter().flatten());
             let running = containers
                 .filter(|one| one.state.as_ref().is_some_and(|state| state.running.is_some()));
@@ -450,6 +470,13 @@ impl Engine {
             self.runtime.stop_container(&id, RESTART_GRACE).await?;
         }
         Ok(())
+    }
+
+    /// Says how many pods of workloads may run here at most; what was said before counts no more. Of a workload's pods the
+    /// oldest run, and the others are stopped until they may; pods that come later are counted, too. Only pods that are
+    /// always restarted are held.
+    pub async fn set_limits(&self, limits: Vec<Limit>) {
+        self.send(Command::SetLimits(limits)).await;
     }
 
     /// Returns the log file of a container, of the instance before the current one if `previous`.

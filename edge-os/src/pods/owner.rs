@@ -18,7 +18,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use super::logs::LogRotation;
 use super::worker::{self, Orders, Shared};
 use super::{
-    Board, Command, EngineConfig, EngineEvent, ObjectKind, Objects, PodGone, ResetError,
+    Board, Command, EngineConfig, EngineEvent, Limit, ObjectKind, Objects, PodGone, ResetError,
     RestartRecord, RestartState, RuntimeInfo,
 };
 use crate::cri::{CriError, Exits, Runtime, v1};
@@ -73,6 +73,8 @@ struct Owner {
     /// UIDs of pods that may be removed before that, because somebody has deleted them.
     deleted: HashSet<String>,
     resetting: Option<oneshot::Sender<Result<(), ResetError>>>,
+    /// What rules of the node let run at most.
+    limits: Vec<Limit>,
     done: mpsc::Sender<PodName>,
 }
 
@@ -122,6 +124,7 @@ pub(super) async fn run(start: Start) {
         trusted: false,
         deleted: HashSet::new(),
         resetting: None,
+        limits: Vec::new(),
         done,
     };
 
@@ -163,6 +166,13 @@ impl Drop for Owner {
             worker.task.abort();
         }
     }
+}
+
+/// Older pods go first; the name decides between those of one second.
+fn age(pod: &Pod) -> (Option<i64>, Option<&str>) {
+    let metadata = &pod.metadata;
+    let at = metadata.creation_timestamp.as_ref().map(|at| at.0.as_second());
+    (at, metadata.name.as_deref())
 }
 
 struct AbortOnDrop(tokio::task::JoinHandle<()>);
@@ -248,6 +258,11 @@ impl Owner {
                 }
                 false
             }
+            Command::SetLimits(limits) => {
+                self.limits = limits;
+                self.hold();
+                false
+            }
             Command::Reset { done } => {
                 self.reset(done).await;
                 false
@@ -285,7 +300,36 @@ impl Owner {
             self.waiting.push(pod);
             return;
         }
-        self.spawn(name, Orders::new(pod), true);
+        let mut orders = Orders::new(pod);
+        // Before its first step, so that a pod that may not run never begins.
+        let older = |limit: &Limit| self.running_of(limit, &orders.pod);
+        let limits = self.limits.iter().filter(|limit| limit.is_of(&name.namespace, &name.name));
+        orders.held = limits.into_iter().any(|limit| older(limit) >= limit.replicas as usize);
+        self.spawn(name, orders, true);
+    }
+
+    /// How many pods of a workload go before this one.
+    fn running_of(&self, limit: &Limit, pod: &Pod) -> usize {
+        let workers = self.workers.values();
+        let same = workers.filter(|worker| limit.is_of(&worker.name.namespace, &worker.name.name));
+        same.filter(|worker| {
+            let orders = worker.orders.borrow();
+            !orders.gone && age(&orders.pod) < age(pod)
+        })
+        .count()
+    }
+
+    /// Tells every pod whether it may run.
+    fn hold(&self) {
+        for worker in self.workers.values() {
+            let pod = worker.orders.borrow().pod.clone();
+            let PodName { namespace, name, .. } = &worker.name;
+            let mut limits = self.limits.iter().filter(|limit| limit.is_of(namespace, name));
+            let held = limits.any(|limit| self.running_of(limit, &pod) >= limit.replicas as usize);
+            worker
+                .orders
+                .send_if_modified(|orders| std::mem::replace(&mut orders.held, held) != held);
+        }
     }
 
     fn spawn(&mut self, name: PodName, orders: Orders, announce: bool) {
@@ -319,6 +363,9 @@ impl Owner {
 
     fn handle_finished(&mut self, name: &PodName) {
         self.workers.remove(&name.uid);
+        if !self.limits.is_empty() {
+            self.hold(); // another one may take its place
+        }
         if let Some(listed) = &mut self.listed {
             listed.remove(&name.uid);
         }

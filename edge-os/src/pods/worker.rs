@@ -26,7 +26,8 @@ use skerry_edge_core::pods::env::{self, Environment, Lookup, Place, expand};
 use skerry_edge_core::pods::image::Keyring;
 use skerry_edge_core::pods::linux::{self, ImageUser};
 use skerry_edge_core::pods::plan::{
-    Facts, FailedProbe, Plan, Step, Waiting, backoff_key, plan, plan_stop,
+    Facts, FailedProbe, HELD_REASON, Plan, Step, Waiting, backoff_key, may_be_held, plan,
+    plan_held, plan_stop,
 };
 use skerry_edge_core::pods::probe::{self, Kind};
 use skerry_edge_core::pods::runtime::{Instance, PodRuntime};
@@ -104,11 +105,21 @@ pub(super) struct Orders {
     pub(super) object_changes: u64,
     /// The link to the cloud came up.
     pub(super) link_ups: u64,
+    /// A rule of the node lets it not run.
+    pub(super) held: bool,
 }
 
 impl Orders {
     pub(super) fn new(pod: Arc<Pod>) -> Self {
-        Self { pod, gone: false, exits: 0, listings: 0, object_changes: 0, link_ups: 0 }
+        Self {
+            pod,
+            gone: false,
+            exits: 0,
+            listings: 0,
+            object_changes: 0,
+            link_ups: 0,
+            held: false,
+        }
     }
 
     fn stops(&self) -> bool {
@@ -330,6 +341,8 @@ impl Worker {
             let ended = self.verdict.is_some() || is_terminal(&self.status);
             self.plan = if ended {
                 plan_stop(&self.runtime)
+            } else if self.orders.borrow().held && may_be_held(&self.pod) {
+                plan_held(&self.pod, &self.runtime)
             } else {
                 plan(&self.pod, &self.runtime, &self.facts, now)
             };
@@ -616,6 +629,12 @@ impl Worker {
     }
 
     async fn tell_backoff(&mut self) {
+        let is_held = |waiting: &Waiting| waiting.reason == HELD_REASON;
+        if self.plan.backing_off.values().any(is_held) {
+            let message = format!("A rule of the node holds pod {}", self.name.full());
+            self.tell(false, false, HELD_REASON, message, "").await;
+            return;
+        }
         let waits: Vec<String> = self.plan.backing_off.keys().cloned().collect();
         for name in waits {
             let message =

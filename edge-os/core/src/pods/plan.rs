@@ -113,6 +113,29 @@ pub fn plan_stop(runtime: &PodRuntime) -> Plan {
     plan
 }
 
+/// Reason of a container that waits because a rule of the node holds its pod.
+pub const HELD_REASON: &str = "HeldByRule";
+
+/// Whether a rule of the node may hold a pod: only one that is always started again, for the end of another one would be
+/// its last.
+pub fn may_be_held(pod: &Pod) -> bool {
+    pod.spec.as_ref().is_some_and(|spec| restart_policy(spec) == RestartPolicy::Always)
+}
+
+/// Returns what to do for a pod that a rule of the node holds: nothing runs, and every container waits.
+pub fn plan_held(pod: &Pod, runtime: &PodRuntime) -> Plan {
+    let mut plan = plan_stop(runtime);
+    let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+    for container in containers {
+        let waiting = Waiting {
+            reason: HELD_REASON.to_owned(),
+            message: "a rule of the node lets fewer pods of this workload run".to_owned(),
+        };
+        plan.backing_off.insert(container.name.clone(), waiting);
+    }
+    plan
+}
+
 struct Planner<'a> {
     spec: &'a PodSpec,
     name: PodName,
@@ -556,6 +579,21 @@ mod tests {
     #[track_caller]
     fn check(spec: serde_json::Value, runtime: &PodRuntime, facts: &Facts, expected: &str) {
         assert_eq!(text(&plan(&pod(spec), runtime, facts, at(105))), expected);
+    }
+
+    #[test]
+    fn a_held_pod_is_stopped_and_its_containers_wait_and_one_that_ends_for_good_is_not_held() {
+        let web = pod(json!({"containers": [{"name": "a", "image": "i"}]}));
+        let mut runtime = PodRuntime::default();
+        assert_eq!(plan_held(&web, &runtime).steps, []);
+        runtime.sandboxes.push(sandbox(0, true));
+        runtime.containers.push(instance("a", 0, State::Running));
+        let plan = plan_held(&web, &runtime);
+        assert_eq!(plan.steps, [Step::KillPod { sandbox_changed: false }]);
+        assert_eq!(plan.backing_off["a"].reason, HELD_REASON);
+        assert!(may_be_held(&web));
+        assert!(!may_be_held(&pod(json!({"restartPolicy": "Never", "containers": []}))));
+        assert!(!may_be_held(&pod(json!({"restartPolicy": "OnFailure", "containers": []}))));
     }
 
     #[test]

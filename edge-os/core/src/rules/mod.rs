@@ -8,7 +8,8 @@
 //! ```
 //!
 //! Between two reports a property is what it was last. After a restart of the agent each rule is idle: one that still
-//! holds begins anew with the next report.
+//! holds begins anew with the next report. Only a rule that limits what runs goes on where it was ([`Rules::resume`]): its
+//! limits outlive the restart, and somebody has to lift them.
 //!
 //! Loops: a rule that sets what it watches is refused. Rules that set each other off are stopped: one that began
 //! [`BEGINNINGS_MAX`] times in [`WINDOW`] does nothing for [`PAUSE`], and that is told. Everything that a rule does is
@@ -19,25 +20,19 @@
 
 use crate::twin::Id;
 use serde_json::Value;
-use skerry_api::fleet::rules::{DeviceRule, DeviceRuleSpec, RuleAction, RuleCondition};
+use skerry_api::fleet::rules::{DeviceRule, DeviceRuleSpec, RuleAction, RuleCondition, RuleFault};
 use skerry_protocol::ResourcePath;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 /// Rules of one node.
 pub const RULES_MAX: usize = 1_000;
-/// Actions of one rule, each way.
-pub const ACTIONS_MAX: usize = 16;
-/// Longest message that a rule publishes, in bytes, and longest value that it sets.
-pub const PAYLOAD_LEN_MAX: usize = 16 * 1024;
 /// Beginnings in [`WINDOW`] after which a rule pauses.
 pub const BEGINNINGS_MAX: usize = 6;
 /// See [`BEGINNINGS_MAX`].
 pub const WINDOW: Duration = Duration::from_secs(60);
 /// How long a rule that began too often does nothing.
 pub const PAUSE: Duration = Duration::from_secs(600);
-/// Longest `forSeconds` and `cooldownSeconds`: a week.
-const SECONDS_MAX: f64 = 7.0 * 86_400.0;
 /// Time between two beginnings when the rule says nothing.
 const COOLDOWN: Duration = Duration::from_secs(1);
 /// Longest part of a value that is told.
@@ -53,8 +48,22 @@ pub enum Output {
         /// What to do; `{value}` is in its place already.
         action: RuleAction,
     },
+    /// Let so many pods run, instead of what this rule let run before; say with [`Rules::done`] what came of it.
+    Limit(RuleLimits),
     /// For the cluster, as an event of the rule, and for the log of the node.
     Told(Told),
+}
+
+/// How many pods of workloads a rule lets run on the node. It lasts until the rule begins or ends the next time, is
+/// changed, or is gone; a restart of the agent changes nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RuleLimits {
+    /// `namespace/name` of the rule.
+    pub rule: Id,
+    /// The rule held when it said so.
+    pub active: bool,
+    /// Workload, and how many of its pods; none lifts all limits of the rule.
+    pub limits: Vec<(String, u32)>,
 }
 
 /// What happened to a rule.
@@ -79,23 +88,9 @@ pub enum RuleError {
     /// Not a rule as the cluster defines it.
     #[error("the rule cannot be read: {0}")]
     Unreadable(String),
-    /// None of the three, or more than one.
-    #[error("a rule has exactly one of `above`, `below` and `equals`")]
-    Condition,
-    /// A number out of its range, or no number.
-    #[error("`{0}` is out of range")]
-    Range(&'static str),
-    /// It does nothing, or too much.
-    #[error(
-        "a rule has 1 to {ACTIONS_MAX} actions, each with exactly one of `set`, `publish` and `restart`"
-    )]
-    Actions,
-    /// A text that is too long or missing.
-    #[error("`{0}` is empty or too long")]
-    Text(&'static str),
-    /// It would set itself off.
-    #[error("the rule sets `{0}`, which it watches")]
-    Loop(String),
+    /// A rule that nobody could keep.
+    #[error(transparent)]
+    Fault(#[from] RuleFault),
     /// There are [`RULES_MAX`] others.
     #[error("this node has {RULES_MAX} rules already")]
     Full,
@@ -212,6 +207,16 @@ impl Rules {
         }
     }
 
+    /// What a rule let run before a restart; to be given before anything is reported, after the rules. Limits of a rule that
+    /// is no more are lifted.
+    pub fn resume(&mut self, limits: &RuleLimits) {
+        match self.rules.get_mut(&limits.rule) {
+            Some(rule) if limits.active && scales(&rule.spec) => rule.state = State::Active,
+            Some(rule) if scales(&rule.spec) => {}
+            _ => self.lift(&limits.rule),
+        }
+    }
+
     /// What came of an action: `Err` has a reason for people.
     pub fn done(&mut self, rule: &Id, what: &str, done: Result<(), String>) {
         let Some(known) = self.rules.get(rule) else { return };
@@ -275,7 +280,20 @@ impl Rules {
     }
 
     fn act(&mut self, id: &Id, value: &str, actions: Vec<RuleAction>) {
+        let rule = self.rules.get(id);
+        if let Some(rule) = rule.filter(|rule| scales(&rule.spec)) {
+            let scale = actions.iter().filter_map(|action| action.scale.as_ref());
+            let limits = scale.filter_map(|scale| Some((scale.workload.clone(), scale.replicas?)));
+            let active = rule.state == State::Active;
+            // The last word about a workload counts.
+            let limits: BTreeMap<String, u32> = limits.collect();
+            let limits = limits.into_iter().collect();
+            self.outputs.push_back(Output::Limit(RuleLimits { rule: id.clone(), active, limits }));
+        }
         for mut action in actions {
+            if action.scale.is_some() {
+                continue;
+            }
             if let Some(publish) = &mut action.publish {
                 publish.payload = publish.payload.replace("{value}", value);
             }
@@ -294,8 +312,16 @@ impl Rules {
         }));
     }
 
+    fn lift(&mut self, id: &Id) {
+        let nothing = RuleLimits { rule: id.clone(), active: false, limits: Vec::new() };
+        self.outputs.push_back(Output::Limit(nothing));
+    }
+
     fn forget(&mut self, id: &Id) {
         let Some(rule) = self.rules.remove(id) else { return };
+        if scales(&rule.spec) {
+            self.lift(id);
+        }
         if let State::Waiting(at) = rule.state {
             self.timers.remove(&(at, id.clone()));
         }
@@ -346,61 +372,13 @@ fn place(when: &RuleCondition, value: &str) -> Option<Place> {
 pub fn read(object: &Value) -> Result<DeviceRuleSpec, RuleError> {
     let rule: DeviceRule = serde_json::from_value(object.clone())
         .map_err(|error| RuleError::Unreadable(error.to_string()))?;
-    let spec = rule.spec;
-    let when = &spec.when;
-    let kinds = [when.above.is_some(), when.below.is_some(), when.equals.is_some()];
-    if kinds.iter().filter(|is| **is).count() != 1 {
-        return Err(RuleError::Condition);
-    }
-    let finite = |number: Option<f64>| number.is_none_or(f64::is_finite);
-    let within = |number: Option<f64>, most: f64| number.is_none_or(|n| (0.0..=most).contains(&n));
-    for (fits, field) in [
-        (finite(when.above), "above"),
-        (finite(when.below), "below"),
-        (within(when.hysteresis, f64::MAX), "hysteresis"),
-        (within(when.for_seconds, SECONDS_MAX), "forSeconds"),
-        (within(spec.cooldown_seconds, SECONDS_MAX), "cooldownSeconds"),
-    ] {
-        if !fits {
-            return Err(RuleError::Range(field));
-        }
-    }
-    let text = |text: &str, field| match text.is_empty() || text.len() > 253 {
-        true => Err(RuleError::Text(field)),
-        false => Ok(()),
-    };
-    text(&when.device, "device")?;
-    text(&when.property, "property")?;
-    if spec.then.is_empty() || spec.then.len() > ACTIONS_MAX || spec.otherwise.len() > ACTIONS_MAX {
-        return Err(RuleError::Actions);
-    }
-    for action in spec.then.iter().chain(&spec.otherwise) {
-        match (&action.set, &action.publish, &action.restart) {
-            (Some(set), None, None) => {
-                text(&set.device, "set.device")?;
-                text(&set.property, "set.property")?;
-                if set.value.len() > PAYLOAD_LEN_MAX {
-                    return Err(RuleError::Text("set.value"));
-                }
-                if set.device == when.device && set.property == when.property {
-                    return Err(RuleError::Loop(format!("{} {}", set.device, set.property)));
-                }
-            }
-            (None, Some(publish), None) => {
-                let bad = publish.topic.contains(['+', '#', '\0']) || publish.topic.len() > 1024;
-                // Devices speak there; a rule would speak for them.
-                if publish.topic.is_empty() || bad || publish.topic.starts_with('$') {
-                    return Err(RuleError::Text("publish.topic"));
-                }
-                if publish.payload.len() > PAYLOAD_LEN_MAX {
-                    return Err(RuleError::Text("publish.payload"));
-                }
-            }
-            (None, None, Some(restart)) => text(&restart.workload, "restart.workload")?,
-            _ => return Err(RuleError::Actions),
-        }
-    }
-    Ok(spec)
+    rule.spec.check()?;
+    Ok(rule.spec)
+}
+
+/// Whether a rule limits what runs.
+fn scales(spec: &DeviceRuleSpec) -> bool {
+    spec.then.iter().chain(&spec.otherwise).any(|action| action.scale.is_some())
 }
 
 fn id_of(path: &ResourcePath) -> Option<Id> {

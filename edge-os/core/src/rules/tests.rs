@@ -12,6 +12,9 @@ fn words(rules: &mut Rules) -> Vec<String> {
     std::iter::from_fn(|| rules.poll_output())
         .map(|output| match output {
             Output::Told(told) => told.reason.to_owned(),
+            Output::Limit(RuleLimits { active, limits, .. }) => {
+                format!("limit {active} {limits:?}")
+            }
             Output::Act { action, .. } => match (action.publish, action.set) {
                 (Some(publish), _) => publish.payload,
                 (_, Some(set)) => format!("{}={}", set.property, set.value),
@@ -244,4 +247,58 @@ fn any_sequence_of_values_ends_as_the_model_says() {
             assert_eq!(happened, expected, "seed {seed}, step {step}, value {number}");
         }
     }
+}
+
+fn scaling() -> Value {
+    let mut scaling = rule(json!({"above": 8}));
+    scaling["spec"]["then"] = json!([
+        {"scale": {"workload": "heater", "replicas": 0}},
+        {"publish": {"topic": "alarm", "payload": "on"}},
+    ]);
+    scaling["spec"]["otherwise"] =
+        json!([{"scale": {"workload": "fan", "replicas": 1}}, {"scale": {"workload": "heater"}}]);
+    scaling
+}
+
+#[test]
+fn a_limit_lasts_until_the_rule_ends_or_is_gone() {
+    let mut node = Node { rules: Rules::default(), start: Instant::now() };
+    node.rule("alarm", &scaling());
+    assert_eq!(node.report(0, "9"), ["RuleBegan", r#"limit true [("heater", 0)]"#, "on"]);
+    assert_eq!(node.report(2000, "7"), ["RuleEnded", r#"limit false [("fan", 1)]"#]);
+    let path = ResourcePath::new("a", "devicerule", "alarm").expect("a path");
+    node.rules.handle_gone(&path);
+    assert_eq!(words(&mut node.rules), ["limit false []"]);
+
+    // Another form of the rule begins idle, and so without limits.
+    node.rule("alarm", &scaling());
+    node.report(4000, "9");
+    let mut other = scaling();
+    other["spec"]["when"]["above"] = 10.into();
+    node.rule("alarm", &other);
+    assert_eq!(words(&mut node.rules), ["limit false []"]);
+}
+
+#[test]
+fn a_limit_outlives_a_restart_and_its_rule_lifts_it() {
+    let kept = |active, name: &str| RuleLimits {
+        rule: format!("a/{name}").as_str().into(),
+        active,
+        limits: vec![("heater".into(), 0)],
+    };
+    let mut node = Node { rules: Rules::default(), start: Instant::now() };
+    node.rule("alarm", &scaling());
+    node.rules.resume(&kept(true, "alarm"));
+    assert_eq!(words(&mut node.rules), [""; 0], "it stays as it is");
+    assert_eq!(node.report(0, "9"), [""; 0], "it has begun before");
+    assert_eq!(node.report(1000, "7"), ["RuleEnded", r#"limit false [("fan", 1)]"#]);
+
+    // What a rule that is no more has limited runs again.
+    node.rules.resume(&kept(true, "gone"));
+    assert_eq!(words(&mut node.rules), ["limit false []"]);
+    // One that had ended begins as usual.
+    let mut node = Node { rules: Rules::default(), start: Instant::now() };
+    node.rule("alarm", &scaling());
+    node.rules.resume(&kept(false, "alarm"));
+    assert_eq!(node.report(0, "9").len(), 3);
 }

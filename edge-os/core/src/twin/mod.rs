@@ -251,6 +251,24 @@ impl Device {
     }
 }
 
+/// What is being written, without the rows themselves: those are long.
+#[derive(Debug)]
+enum Mark {
+    Device(Id),
+    Forget(Id),
+    Mapper(mapper::Change),
+}
+
+impl Mark {
+    fn of(write: &Write) -> Self {
+        match write {
+            Write::Device(id, _) => Self::Device(id.clone()),
+            Write::Forget(id) => Self::Forget(id.clone()),
+            Write::Mapper(change) => Self::Mapper(change.clone()),
+        }
+    }
+}
+
 /// All devices of one node.
 #[derive(Debug)]
 pub struct Twin {
@@ -264,7 +282,7 @@ pub struct Twin {
     /// Rows to remove.
     removed: BTreeSet<Id>,
     /// What the last [`Self::take_changes`] returned.
-    writing: Option<Vec<Write>>,
+    writing: Option<Vec<Mark>>,
     store_at: Option<Instant>,
     /// Somebody may listen on a broker.
     has_broker: bool,
@@ -455,7 +473,7 @@ impl Twin {
             writes.push(Write::Device(id, device.row.clone()));
         }
         if !writes.is_empty() {
-            self.writing = Some(writes.clone());
+            self.writing = Some(writes.iter().map(Mark::of).collect());
         }
         self.store_at = None;
         writes
@@ -464,20 +482,20 @@ impl Twin {
     /// Takes whether the changes of the last [`Self::take_changes`] are on the disk. If not they are offered again after a
     /// while, and the hub may be told meanwhile: the link may well work while the disk does not.
     pub fn handle_stored(&mut self, now: Instant, stored: bool) {
-        let Some(writes) = self.writing.take() else { return };
-        for write in writes {
-            match write {
-                Write::Device(id, _) => {
+        let Some(marks) = self.writing.take() else { return };
+        for mark in marks {
+            match mark {
+                Mark::Device(id) => {
                     let Some(device) = self.devices.get_mut(&id) else { continue };
                     device.writing = false;
                     if !stored {
                         self.persist_soon(&id, now + STORE_RETRY);
                     }
                 }
-                Write::Forget(id) if !stored && !self.devices.contains_key(&id) => {
+                Mark::Forget(id) if !stored && !self.devices.contains_key(&id) => {
                     self.removed.insert(id);
                 }
-                Write::Mapper(change) if !stored => self.mappers.keep(change),
+                Mark::Mapper(change) if !stored => self.mappers.keep(change),
                 _ => {}
             }
         }
