@@ -5,15 +5,14 @@
 //! to be published waits in a [`Queue`] with a bound, apart from everything that goes to the hub: deltas in their newest
 //! form, of the rest the oldest is dropped first and counted.
 //!
-//! The twin task is the only caller. MQTT 3.1.1 without TLS; what a topic means is told in
-//! [`skerry_edge_core::twin::topic`].
+//! The twin task is the only caller. MQTT 3.1.1 or 5 ([`wire`]), with or without TLS ([`tls`]); what a topic means is told
+//! in [`skerry_edge_core::twin::topic`].
 //!
 //! Source: kubeedge/kubeedge, edge/pkg/eventbus/mqtt/client.go for keep-alive, quality of service and client names.
 
-use rumqttc::{
-    AsyncClient, ConnectionError, Event, EventLoop, MqttOptions, NetworkOptions, Packet, QoS,
-    SubscribeFilter,
-};
+mod tls;
+mod wire;
+
 use skerry_edge_core::backoff::Backoff;
 use skerry_edge_core::twin::Weight;
 use skerry_edge_core::twin::payload::PAYLOAD_LEN_MAX;
@@ -24,6 +23,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
+
+pub use tls::BusTls;
+use wire::Heard;
 
 /// Messages that wait for the broker; a document of every property of a busy device for minutes.
 pub const QUEUE_MAX: usize = 4096;
@@ -48,6 +50,15 @@ const REQUESTS_MAX: usize = 256;
 /// Messages on the way to the broker and not acknowledged by it.
 const INFLIGHT_MAX: u16 = 64;
 
+/// Version of MQTT.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Version {
+    /// 3.1.1.
+    V3,
+    /// 5.
+    V5,
+}
+
 /// Which broker, and as who.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BusConfig {
@@ -55,6 +66,10 @@ pub struct BusConfig {
     pub host: String,
     /// TCP port, usually 1883.
     pub port: u16,
+    /// In which version.
+    pub version: Version,
+    /// With TLS.
+    pub tls: Option<BusTls>,
     /// Name of the connection that follows topics.
     pub subscriber: String,
     /// Name of the connection that publishes.
@@ -168,10 +183,15 @@ pub async fn run(
     topics: watch::Receiver<BTreeSet<String>>,
     stop: CancellationToken,
 ) {
-    let both = async {
-        tokio::join!(publish(&config, &queue), follow(&config, incoming, topics));
+    let bridge = async {
+        if let Some(tls) = &config.tls {
+            tls::serve(&config, tls).await;
+        }
     };
-    stop.run_until_cancelled(both).await;
+    let all = async {
+        tokio::join!(bridge, publish(&config, &queue), follow(&config, incoming, topics));
+    };
+    stop.run_until_cancelled(all).await;
 }
 
 /// What was given to the library and not acknowledged by the broker. The library forgets all of it when the broker has
@@ -185,7 +205,7 @@ struct Flight {
 }
 
 async fn publish(config: &BusConfig, queue: &Queue) {
-    let (client, mut events) = connection(config, &config.publisher);
+    let (speaker, mut listener) = wire::connection(config, &config.publisher);
     let flight = Mutex::<Flight>::default();
     let lock = || flight.lock().expect("nobody panics with it");
     let room = Notify::new();
@@ -204,8 +224,8 @@ async fn publish(config: &BusConfig, queue: &Queue) {
             };
             lock().sent.push_back((topic.clone(), payload.clone()));
             // Never waits: the library holds more than may be on the way.
-            if let Err(error) = client.publish(&topic, QoS::AtLeastOnce, false, payload).await {
-                tracing::warn!(topic, %error, "a message was not published");
+            if let Err(error) = speaker.publish(&topic, payload).await {
+                tracing::warn!(topic, error, "a message was not published");
                 lock().sent.pop_back();
                 queue.dropped.fetch_add(1, Ordering::Relaxed);
             }
@@ -214,19 +234,23 @@ async fn publish(config: &BusConfig, queue: &Queue) {
     let poll = async {
         let mut tries = Tries::new(config, "publish");
         loop {
-            let event = match events.poll().await {
-                Ok(event) => event,
+            let heard = match listener.next().await {
+                Ok(heard) => heard,
                 Err(error) => {
                     tries.failed(&error).await;
                     continue;
                 }
             };
-            match &event {
-                Event::Incoming(Packet::PubAck(_)) => {
-                    lock().sent.pop_front();
+            match &heard {
+                Heard::Acknowledged { refused } => {
+                    let message = lock().sent.pop_front();
                     room.notify_one();
+                    if let (Some(reason), Some((topic, _))) = (refused, message) {
+                        tracing::debug!(topic, reason, "the broker does not want a message");
+                        queue.dropped.fetch_add(1, Ordering::Relaxed);
+                    }
                 }
-                Event::Incoming(Packet::ConnAck(ack)) if !ack.session_present => {
+                Heard::Connected { session_present: false } => {
                     let mut flight = lock();
                     let mut sent = std::mem::take(&mut flight.sent);
                     sent.append(&mut flight.again);
@@ -235,7 +259,7 @@ async fn publish(config: &BusConfig, queue: &Queue) {
                 }
                 _ => {}
             }
-            tries.handle(&event);
+            tries.handle(&heard);
         }
     };
     tokio::join!(send, poll);
@@ -246,7 +270,7 @@ async fn follow(
     incoming: mpsc::Sender<Received>,
     mut topics: watch::Receiver<BTreeSet<String>>,
 ) {
-    let (client, mut events) = connection(config, &config.subscriber);
+    let (speaker, mut listener) = wire::connection(config, &config.subscriber);
     let (up, mut is_up) = watch::channel(0_u64);
     let subscribe = async {
         let mut followed: BTreeSet<String> = BTreeSet::new();
@@ -265,15 +289,12 @@ async fn follow(
                 let missing: Vec<_> = wanted.difference(&followed).cloned().collect();
                 // In parts: a packet has a bound, and one topic that the broker refuses does not keep the others out.
                 for part in missing.chunks(64) {
-                    let filters = part
-                        .iter()
-                        .map(|topic| SubscribeFilter::new(topic.clone(), QoS::AtLeastOnce));
-                    if let Err(error) = client.subscribe_many(filters).await {
-                        tracing::warn!(%error, "topics cannot be followed");
+                    if let Err(error) = speaker.follow(part).await {
+                        tracing::warn!(error, "topics cannot be followed");
                     }
                 }
                 for topic in followed.difference(&wanted) {
-                    let _ = client.unsubscribe(topic).await; // asked again after the next connect
+                    let _ = speaker.leave(topic).await; // asked again after the next connect
                 }
                 followed = wanted;
             }
@@ -289,42 +310,28 @@ async fn follow(
     let poll = async {
         let mut tries = Tries::new(config, "follow");
         loop {
-            match events.poll().await {
-                Ok(Event::Incoming(Packet::Publish(message))) => {
-                    let payload = message.payload.to_vec();
-                    let message = Received { topic: message.topic, payload };
+            match listener.next().await {
+                Ok(Heard::Message(message)) => {
                     if incoming.send(message).await.is_err() {
                         return; // the agent is about to end
                     }
                 }
-                Ok(event) => {
-                    if matches!(event, Event::Incoming(Packet::ConnAck(_))) {
+                Ok(Heard::NotFollowed(what)) => tracing::warn!(
+                    broker = tries.broker,
+                    what,
+                    "the broker does not let this node follow all topics. hint: see its access control list"
+                ),
+                Ok(heard) => {
+                    if matches!(heard, Heard::Connected { .. }) {
                         up.send_modify(|session| *session += 1);
                     }
-                    tries.handle(&event);
+                    tries.handle(&heard);
                 }
                 Err(error) => tries.failed(&error).await,
             }
         }
     };
     tokio::join!(subscribe, poll);
-}
-
-fn connection(config: &BusConfig, name: &str) -> (AsyncClient, EventLoop) {
-    let mut options = MqttOptions::new(name, &config.host, config.port);
-    options.set_keep_alive(KEEP_ALIVE);
-    options.set_clean_session(config.clean_session);
-    options.set_max_packet_size(PACKET_LEN_MAX, PACKET_LEN_MAX);
-    options.set_inflight(INFLIGHT_MAX);
-    if let Some((user, password)) = &config.login {
-        options.set_credentials(user, password);
-    }
-    let (client, mut events) = AsyncClient::new(options, REQUESTS_MAX);
-    let mut network = NetworkOptions::new();
-    network.set_connection_timeout(CONNECT_TIMEOUT_S);
-    network.set_tcp_nodelay(true);
-    events.set_network_options(network);
-    (client, events)
 }
 
 /// Tries to connect, told once per outage.
@@ -343,20 +350,20 @@ impl Tries {
         Self { what, broker, up: false, told: false, backoff }
     }
 
-    fn handle(&mut self, event: &Event) {
-        if matches!(event, Event::Incoming(Packet::ConnAck(_))) {
+    fn handle(&mut self, heard: &Heard) {
+        if matches!(heard, Heard::Connected { .. }) {
             tracing::info!(broker = self.broker, to = self.what, "connected to the MQTT broker");
             (self.up, self.told) = (true, false);
             self.backoff.reset();
         }
     }
 
-    async fn failed(&mut self, error: &ConnectionError) {
+    async fn failed(&mut self, error: &str) {
         if std::mem::take(&mut self.up) || !self.told {
             tracing::warn!(
                 broker = self.broker,
                 to = self.what,
-                %error,
+                error,
                 "no MQTT broker; trying again. hint: see whether it runs and takes connections from this node"
             );
             self.told = true;

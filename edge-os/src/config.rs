@@ -2,7 +2,7 @@
 //!
 //! KubeEdge's own `edgecore.yaml` is read as it is; see [`kubeedge`].
 
-use crate::bus::BusConfig;
+use crate::bus::{BusConfig, BusTls, Version};
 use crate::kubeedge;
 use serde_json::{Map, Value};
 use skerry_edge_core::history::Keeping;
@@ -58,8 +58,9 @@ pub const KEYS: [(&str, &str); 24] = [
     ),
     (
         "mqtt",
-        "broker of the node for devices and rules: `server` (`tcp://127.0.0.1:1883`), and where needed `username`, \
-         `password`, `subscriber`, `publisher` (names of the two connections) and `cleanSession`; none without it",
+        "broker of the node for devices and rules: `server` (`tcp://127.0.0.1:1883`, or `tls://host:8883` with `caFile` and, \
+         where the broker wants it, `certFile` and `keyFile`), and where needed `username`, `password`, `version` (3.1.1 or \
+         5), `subscriber`, `publisher` (names of the two connections) and `cleanSession`; none without it",
     ),
     ("dmiSocket", "Unix socket for mappers, `/etc/kubeedge/dmi.sock` in KubeEdge; none without it"),
     (
@@ -82,6 +83,9 @@ const HISTORY_MB: u64 = 256;
 const HISTORY_RANGE_MB: RangeInclusive<u64> = 1..=1_048_576;
 /// Usual port of MQTT brokers.
 const MQTT_PORT: u16 = 1883;
+const MQTTS_PORT: u16 = 8883;
+/// Where the MQTT library meets our TLS, in the agent's folder.
+const BUS_SOCKET: &str = "mqtt-tls.sock";
 
 /// Usual port of HTTP proxies.
 const PROXY_PORT: u16 = 3128;
@@ -449,7 +453,7 @@ impl Fields {
             }
             address
         });
-        let bus = self.bus(&node_name);
+        let bus = self.bus(&node_name, &dir);
         let dmi_socket = self.text("dmiSocket").map(PathBuf::from);
         if dmi_socket.as_ref().is_some_and(|path| !path.is_absolute()) {
             self.mistakes.push("dmiSocket is not an absolute path".into());
@@ -547,7 +551,7 @@ impl Fields {
         Some(HistoryConfig { all, limit, keeping })
     }
 
-    fn bus(&mut self, node: &str) -> Option<BusConfig> {
+    fn bus(&mut self, node: &str, dir: &Path) -> Option<BusConfig> {
         let keys = match self.fields.remove("mqtt") {
             None | Some(Value::Null) => return None,
             Some(Value::Object(keys)) => keys,
@@ -559,10 +563,25 @@ impl Fields {
         let mut fields = Fields { fields: keys, mistakes: Vec::new() };
         let server = fields.text("server");
         let server = server.unwrap_or_else(|| format!("tcp://127.0.0.1:{MQTT_PORT}"));
-        let plain = server.strip_prefix("mqtt://").map(|rest| format!("tcp://{rest}"));
-        let server = fields.endpoint("server", &plain.unwrap_or(server), "tcp", MQTT_PORT);
+        let (scheme, rest) = server.split_once("://").unwrap_or(("tcp", &server));
+        let is_tls = ["ssl", "tls", "mqtts"].contains(&scheme);
+        let server = match (is_tls, scheme) {
+            (true, _) => fields.endpoint("server", &format!("tls://{rest}"), "tls", MQTTS_PORT),
+            (_, "mqtt") => fields.endpoint("server", &format!("tcp://{rest}"), "tcp", MQTT_PORT),
+            _ => fields.endpoint("server", &server, "tcp", MQTT_PORT),
+        };
         let login = fields.text("username").filter(|user| !user.is_empty());
         let password = fields.text("password").unwrap_or_default();
+        let tls = fields.bus_tls(is_tls, dir);
+        let version = match fields.fields.remove("version") {
+            None | Some(Value::Null) => Version::V3,
+            Some(version) if version == 3 || version == "3.1.1" => Version::V3,
+            Some(version) if version == 5 || version == "5" => Version::V5,
+            Some(_) => {
+                fields.mistakes.push("version is neither 3.1.1 nor 5".into());
+                Version::V3
+            }
+        };
         let name = |text: Option<String>, role: &str| {
             text.filter(|name| !name.is_empty())
                 .unwrap_or_else(|| format!("hub-client-{role}-{node}"))
@@ -588,7 +607,33 @@ impl Fields {
         self.mistakes.extend(fields.mistakes.into_iter().map(|mistake| format!("mqtt: {mistake}")));
         let Endpoint { host, port, .. } = server?;
         let login = login.map(|user| (user, password));
-        Some(BusConfig { host, port, subscriber, publisher, login, clean_session })
+        Some(BusConfig { host, port, version, tls, subscriber, publisher, login, clean_session })
+    }
+
+    /// Files for TLS to the broker; of no use without it.
+    fn bus_tls(&mut self, is_tls: bool, dir: &Path) -> Option<BusTls> {
+        let [ca, certificate, key] =
+            ["caFile", "certFile", "keyFile"].map(|key| self.text(key).map(PathBuf::from));
+        let identity = match (certificate, key) {
+            (Some(certificate), Some(key)) => Some((certificate, key)),
+            (None, None) => None,
+            _ => {
+                self.mistakes.push("certFile and keyFile need each other".into());
+                None
+            }
+        };
+        if !is_tls {
+            if ca.is_some() || identity.is_some() {
+                self.mistakes.push("caFile, certFile and keyFile are for `server: tls://…`".into());
+            }
+            return None;
+        }
+        let Some(ca) = ca else {
+            self.mistakes
+                .push("caFile is missing: which CA has signed the broker's certificate?".into());
+            return None;
+        };
+        Some(BusTls { ca, identity, socket: dir.join(BUS_SOCKET) })
     }
 
     fn text(&mut self, key: &str) -> Option<String> {
@@ -715,6 +760,25 @@ mod tests {
             ("h", 1883, "hub-client-sub-edge1")
         );
         assert_eq!((bus.login, bus.clean_session), (Some(("u".into(), "p".into())), true));
+        assert_eq!((bus.version, bus.tls), (Version::V3, None));
+        let lines =
+            "mqtt: {server: \"mqtts://h\", version: 5, caFile: /ca, certFile: /c, keyFile: /k}\n";
+        let bus = check(&format!("{LEAST}{lines}")).expect("known").bus.expect("given");
+        let identity = Some(("/c".into(), "/k".into()));
+        let tls = bus.tls.expect("with TLS");
+        assert_eq!((bus.port, bus.version, tls.identity), (8883, Version::V5, identity));
+        for (keys, part) in [
+            ("server: \"tls://h\"", "caFile is missing"),
+            (
+                "server: \"tls://h\", caFile: /ca, certFile: /c",
+                "certFile and keyFile need each other",
+            ),
+            ("server: \"tcp://h\", caFile: /ca", "are for `server: tls://…`"),
+            ("version: 4", "version is neither 3.1.1 nor 5"),
+        ] {
+            let error = check(&format!("{LEAST}mqtt: {{{keys}}}\n")).expect_err(keys);
+            assert!(error.contains(part), "{error}");
+        }
         assert_eq!(config.report_interval, Duration::from_secs(5));
         let history = config.history.expect("given");
         assert_eq!((history.all, history.limit), (true, 20_000_000));
@@ -728,11 +792,11 @@ mod tests {
             "{error}"
         );
         let error = check(&format!(
-            "{LEAST}mqtt: {{server: \"ssl://h\", x: 1}}\ndmiSocket: d\nreportInterval: 0\n"
+            "{LEAST}mqtt: {{server: \"http://h\", x: 1}}\ndmiSocket: d\nreportInterval: 0\n"
         ));
         let error = error.expect_err("four mistakes");
         assert!(
-            error.contains("4 mistake(s)") && error.contains("mqtt: server: `ssl://h`"),
+            error.contains("4 mistake(s)") && error.contains("mqtt: server: `http://h`"),
             "{error}"
         );
         for (key, _) in KEYS.iter().filter(|(key, _)| *key != "token") {

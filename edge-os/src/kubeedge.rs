@@ -308,14 +308,19 @@ impl<'a> Reader<'a> {
                 return None;
             }
         }
-        if self.bool(&format!("{BUS}/eventBusTLS/enable")) == Some(true) {
-            self.mistakes.push(
-                "modules.eventBus.eventBusTLS.enable is true: connections to brokers with TLS are not offered yet"
-                    .into(),
-            );
-            return None;
-        }
         let mut keys = Map::new();
+        let is_tls = self.bool(&format!("{BUS}/eventBusTLS/enable")) == Some(true);
+        if is_tls {
+            for (from, to) in [
+                ("tlsMqttCAFile", "caFile"),
+                ("tlsMqttCertFile", "certFile"),
+                ("tlsMqttPrivateKeyFile", "keyFile"),
+            ] {
+                if let Some(text) = self.text(&format!("{BUS}/eventBusTLS/{from}")) {
+                    keys.insert(to.into(), text.into());
+                }
+            }
+        }
         for (from, to) in [
             ("mqttServerExternal", "server"),
             ("mqttUsername", "username"),
@@ -326,6 +331,13 @@ impl<'a> Reader<'a> {
             if let Some(text) = self.text(&format!("{BUS}/{from}")) {
                 keys.insert(to.into(), text.into());
             }
+        }
+        if is_tls {
+            // The scheme does not count in KubeEdge.
+            let server =
+                keys.get("server").and_then(Value::as_str).unwrap_or("tcp://127.0.0.1:8883");
+            let address = server.split_once("://").map_or(server, |(_, address)| address);
+            keys.insert("server".into(), format!("tls://{address}").into());
         }
         Some(keys.into())
     }
