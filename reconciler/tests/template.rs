@@ -8,7 +8,7 @@ fn template() -> std::path::PathBuf {
 }
 
 #[test]
-fn the_template_renders_both_apps_for_both_sites_without_a_problem() {
+fn the_template_renders_its_apps_for_their_sites_without_a_problem() {
     let rendered = render_dir(&template()).unwrap();
     assert_eq!(rendered.all_problems(), []);
     assert!(rendered.roster.is_some());
@@ -17,6 +17,7 @@ fn the_template_renders_both_apps_for_both_sites_without_a_problem() {
         releases,
         [
             "lisbon-01/devices",
+            "lisbon-01/fridge-watch",
             "lisbon-01/hello-web",
             "lisbon-01/tick",
             "porto-01/hello-web",
@@ -56,8 +57,14 @@ fn the_fridge_and_its_door_render_for_their_site() {
     let names: Vec<_> = objects.keys().map(ToString::to_string).collect();
     assert_eq!(
         names,
-        ["DeviceModel door-contact", "DeviceModel fridge", "Device fridge", "Device fridge-door"]
+        [
+            "DeviceModel door-contact",
+            "DeviceModel fridge",
+            "Device fridge",
+            "Device fridge-door",
+            "DeviceRule too-warm"
+        ]
     );
     let values: Vec<_> = objects.values().map(|object| &object.value).collect();
-    assert!(values[2..].iter().all(|device| device["spec"]["nodeName"] == "lisbon-01-a"));
+    assert!(values[2..4].iter().all(|device| device["spec"]["nodeName"] == "lisbon-01-a"));
 }

@@ -458,9 +458,11 @@ pub(crate) fn render_object(node: &Node, key: &ReleaseKey) -> Result<(ObjectId, 
         return Err(fault(generate, message, Some("use `metadata.name`")));
     }
     let (name, _) = text(metadata, "name", "metadata.name")?;
-    if group == fleet::GROUP {
+    // Rules of devices come with the devices; no app can have the name of that release.
+    if group == fleet::GROUP && !(kind == "DeviceRule" && key.app == devices::RELEASE) {
         let message = format!("{kind} of `{}` cannot be a manifest", fleet::GROUP);
-        let hint = "Fleet is `fleet.yaml`, sites are in `sites/`, apps are `apps/NAME/app.yaml`"
+        let hint = "Fleet is `fleet.yaml`, sites are in `sites/`, apps are `apps/NAME/app.yaml`, rules of devices are in \
+                    `devices/rules/`"
             .to_owned();
         return Err((api_version_at, message, Some(hint)));
     }

@@ -1,6 +1,6 @@
 //! What is wrong with a Device or a DeviceModel, with the place where it stands and what would be right.
 
-use super::{API_VERSION, items};
+use super::items;
 use crate::repository::problem;
 use crate::suggest::nearest;
 use crate::yaml::{Content, Key, Node, Position};
@@ -39,12 +39,12 @@ impl<'a> Checks<'a> {
     }
 
     /// Checks what every object has; returns its name if that can be used.
-    pub(super) fn header(&mut self, node: &Node, kind: &str) -> Option<String> {
+    pub(super) fn header(&mut self, node: &Node, kind: &str, api_version: &str) -> Option<String> {
         if !matches!(node.content, Content::Map(_)) {
             self.fault(node.at, format!("expected a {kind}, found {}", node.kind()), None);
             return None;
         }
-        for (field, wanted) in [("kind", kind), ("apiVersion", API_VERSION)] {
+        for (field, wanted) in [("kind", kind), ("apiVersion", api_version)] {
             let Some(found) = node.get(field) else {
                 self.fault(node.at, format!("`{field}` is missing, expected `{wanted}`"), None);
                 return None;
@@ -53,6 +53,7 @@ impl<'a> Checks<'a> {
                 let text = found.as_text().unwrap_or_else(|| found.kind());
                 let hint = match (field, text) {
                     ("kind", "DeviceModel") => Some("models are in `devices/models/`".to_owned()),
+                    ("kind", "DeviceRule") => Some("rules are in `devices/rules/`".to_owned()),
                     ("kind", "Device") => {
                         Some("devices are in the folder of a site or an app".to_owned())
                     }
@@ -321,7 +322,7 @@ impl<'a> Checks<'a> {
         }
     }
 
-    fn map<'n>(&mut self, node: &'n Node, field: &str) -> Option<&'n Node> {
+    pub(super) fn map<'n>(&mut self, node: &'n Node, field: &str) -> Option<&'n Node> {
         match node.get(field) {
             Some(found) if matches!(found.content, Content::Map(_)) => Some(found),
             Some(found) => {
@@ -339,7 +340,7 @@ impl<'a> Checks<'a> {
         }
     }
 
-    fn list(&mut self, node: &Node, field: &str) {
+    pub(super) fn list(&mut self, node: &Node, field: &str) {
         if let Some(found) = node.get(field)
             && !matches!(found.content, Content::List(_) | Content::Null)
         {
@@ -351,7 +352,7 @@ impl<'a> Checks<'a> {
         }
     }
 
-    fn keys(&mut self, node: &Node, path: &str, known: &[&str]) {
+    pub(super) fn keys(&mut self, node: &Node, path: &str, known: &[&str]) {
         let Content::Map(entries) = &node.content else { return };
         for (Key { text, at }, _) in entries {
             if !known.contains(&text.as_str()) {
@@ -400,6 +401,13 @@ impl<'a> Checks<'a> {
             let hint = "a whole number of milliseconds, 1000 for a second".to_owned();
             self.fault(found.at, format!("`{field}` cannot be {}", found.to_json()), Some(hint));
         }
+    }
+}
+
+impl Model {
+    /// Why a text cannot be desired of a property, and what could.
+    pub(super) fn refuses(&self, property: &str, text: &str) -> Option<(String, Option<String>)> {
+        self.properties.get(property)?.refuses(text)
     }
 }
 

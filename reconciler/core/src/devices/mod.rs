@@ -2,7 +2,8 @@
 //!
 //! A folder named after a site holds that site's devices; one named after an app holds devices of every site on which
 //! the app is placed. All devices of a site are one release, named [`RELEASE`], so that each is applied and pruned like
-//! an app's objects; the models that they use are copied into the site's namespace, once.
+//! an app's objects; the models that they use are copied into the site's namespace, once, and so are the rules of
+//! `devices/rules/*.yaml` that they name.
 //!
 //! What Kubernetes would take and nobody could use is refused here, with its line: an unknown model or property, a
 //! desired value that is out of range, of the wrong type, or of something that cannot be written. The CRDs themselves
@@ -11,6 +12,7 @@
 //! Source: kubeedge/kubeedge, build/crds/devices/devices_v1beta1_{device,devicemodel}.yaml.
 
 mod check;
+mod rules;
 mod wishes;
 
 use crate::object::{Digest, ObjectId};
@@ -31,6 +33,7 @@ pub const RELEASE: &str = "devices";
 const API_VERSION: &str = "devices.kubeedge.io/v1beta1";
 const FOLDER: &str = "devices/";
 const MODELS: &str = "models";
+const RULES: &str = "rules";
 
 /// The devices of one commit, before substitution.
 #[derive(Debug, Default)]
@@ -38,6 +41,9 @@ pub(crate) struct Devices {
     models: BTreeMap<String, Document>,
     /// Files of `devices/models/` that could not be read; a device may need what is in there.
     broken_models: Vec<Problem>,
+    rules: BTreeMap<String, Document>,
+    /// Files of `devices/rules/` that could not be read.
+    broken_rules: Vec<Problem>,
     folders: BTreeMap<String, Result<Vec<Document>, Vec<Problem>>>,
 }
 
@@ -62,7 +68,8 @@ impl Devices {
         for (path, file) in source.under(FOLDER) {
             let Some((folder, _)) = path[FOLDER.len()..].split_once('/') else {
                 let hint =
-                    "put it in `devices/models/`, or in the folder of a site or an app".to_owned();
+                    "put it in `devices/models/`, `devices/rules/`, or the folder of a site or an app"
+                        .to_owned();
                 problems.push(problem(
                     path,
                     Position::default(),
@@ -81,6 +88,10 @@ impl Devices {
             devices.add_models(&path, nodes);
         }
         problems.extend(devices.broken_models.iter().cloned());
+        for (path, nodes) in documents_of.remove(RULES).unwrap_or_default() {
+            devices.add_rules(&path, nodes);
+        }
+        problems.extend(devices.broken_rules.iter().cloned());
         let site_names: BTreeSet<&str> =
             sites.iter().map(|entry| entry.site.metadata.name.as_str()).collect();
         for (folder, files) in documents_of {
@@ -121,6 +132,7 @@ impl Devices {
             let outcome = if broken.is_empty() { Ok(found) } else { Err(broken) };
             devices.folders.insert(folder, outcome);
         }
+        devices.note_idle_rules(problems);
         if let Some(app) = apps.iter_mut().find(|entry| entry.app.metadata.name == RELEASE) {
             let message =
                 format!("an app cannot be named `{RELEASE}`: devices of `devices/` have that name");
@@ -144,7 +156,7 @@ impl Devices {
         };
         for node in nodes {
             let mut checks = Checks::new(path);
-            if let Some(name) = checks.header(&node, "DeviceModel") {
+            if let Some(name) = checks.header(&node, "DeviceModel", API_VERSION) {
                 if let Some(first) = self.models.get(&name) {
                     let message = format!(
                         "model `{name}` is already defined at {}",
@@ -160,6 +172,41 @@ impl Devices {
                 }
             }
             self.broken_models.extend(checks.faults);
+        }
+    }
+
+    fn add_rules(&mut self, path: &str, nodes: Result<Vec<Node>, Problem>) {
+        let nodes = match nodes {
+            Ok(nodes) => nodes,
+            Err(problem) => return self.broken_rules.push(problem),
+        };
+        for node in nodes {
+            let mut checks = Checks::new(path);
+            if let Some(name) = checks.header(&node, "DeviceRule", rules::API_VERSION) {
+                if let Some(first) = self.rules.get(&name) {
+                    let first = place(&first.file, first.node.at);
+                    let message = format!("rule `{name}` is already defined at {first}");
+                    let hint = Some("rename or remove one of the two".to_owned());
+                    checks.fault(node.at, message, hint);
+                } else {
+                    self.rules.insert(name, Document { file: path.to_owned(), node });
+                }
+            }
+            self.broken_rules.extend(checks.faults);
+        }
+    }
+
+    /// A rule that no device names goes to no node; whoever wrote it thinks that it does.
+    fn note_idle_rules(&self, problems: &mut Vec<Problem>) {
+        let documents = || self.folders.values().flatten().flatten();
+        for (name, rule) in &self.rules {
+            let is_named = documents().any(|device| rules::may_name(&device.node, name));
+            if !is_named && self.folders.values().all(Result::is_ok) {
+                let message = format!("no device names rule `{name}`, so no node has it");
+                let annotation = rules::RULES_ANNOTATION;
+                let hint = format!("annotate its device: `{annotation}: '[\"{name}\"]'`");
+                problems.push(problem(&rule.file, rule.node.at, &message, Some(hint)));
+            }
         }
     }
 
@@ -191,9 +238,11 @@ impl Devices {
             scope,
             key,
             objects: BTreeMap::new(),
+            seen: BTreeMap::new(),
             problems: Vec::new(),
         };
         rendering.problems.extend(self.broken_models.iter().cloned());
+        rendering.problems.extend(self.broken_rules.iter().cloned());
         for folder in folders {
             match self.folders.get(*folder) {
                 Some(Ok(documents)) => {
@@ -203,6 +252,7 @@ impl Devices {
                 None => {}
             }
         }
+        rendering.rules();
         let Rendering { objects, problems, key, .. } = rendering;
         if problems.is_empty() {
             return Ok(CompleteRender::new(objects));
@@ -223,13 +273,15 @@ struct Rendering<'a> {
     scope: &'a Scope,
     key: ReleaseKey,
     objects: BTreeMap<ObjectId, RenderedObject>,
+    /// What rules need to know of the devices, by name.
+    seen: BTreeMap<String, rules::Seen>,
     problems: Vec<Problem>,
 }
 
 impl Rendering<'_> {
     fn device(&mut self, document: &Document) {
         let mut checks = Checks::new(&document.file);
-        if checks.header(&document.node, "Device").is_none() {
+        if checks.header(&document.node, "Device", API_VERSION).is_none() {
             return self.problems.extend(checks.faults);
         }
         let Some(mut node) = self.substituted(document, check::is_text_of_device) else { return };
@@ -242,10 +294,33 @@ impl Rendering<'_> {
         if let Some(named) = checks.node_name(&node, &self.key.site, &self.site.site.spec.nodes) {
             check::set_node_name(&mut node, named);
         }
+        let wanted = checks.rules_of(&node, self.devices.rules.keys().map(String::as_str));
         if checks.faults.is_empty() {
+            if let Some(name) = rules::name_of(&node) {
+                self.seen.insert(name, rules::Seen::new(&node, model, wanted));
+            }
             self.add(&document.file, document.node.at, &node);
         }
         self.problems.extend(checks.faults);
+    }
+
+    /// The rules that the devices name, each once, when all devices are known.
+    fn rules(&mut self) {
+        if !self.problems.is_empty() {
+            return; // a device may be missing for another reason, and nothing is applied in any case
+        }
+        let wanted: BTreeSet<String> =
+            self.seen.values().flat_map(|seen| seen.rules.iter().cloned()).collect();
+        for name in wanted {
+            let Some(document) = self.devices.rules.get(&name) else { continue };
+            let Some(node) = self.substituted(document, rules::is_text_of_rule) else { continue };
+            let mut checks = Checks::new(&document.file);
+            checks.rule(&node, &name, &self.seen);
+            if checks.faults.is_empty() {
+                self.add(&document.file, document.node.at, &node);
+            }
+            self.problems.extend(checks.faults);
+        }
     }
 
     /// The model as this site has it, which becomes one of its objects.
