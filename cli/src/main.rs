@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 mod ca;
 mod cluster;
+mod demo;
 mod device;
 mod edge;
 mod fault;
@@ -24,6 +25,7 @@ mod services;
 mod site;
 mod site_file;
 mod status;
+mod supervise;
 mod table;
 mod token;
 mod up;

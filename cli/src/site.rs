@@ -1,6 +1,8 @@
 //! One edge node on this machine: a containerd of its own, the agent, and their end.
 
+use crate::demo;
 use crate::fault::hinted;
+use crate::supervise::{Program, Supervised};
 use crate::up::{write_secret, write_whole};
 use anyhow::{Context, Result};
 use serde_json::json;
@@ -9,22 +11,23 @@ use skerry_edge::containerd::{self, Containerd, ContainerdError};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use tokio::process::{Child, Command};
-use tokio_util::sync::CancellationToken;
+use tokio::process::Command;
 
-/// Pause before an agent that died is started again; doubles while it dies young.
-const RESTART_PAUSE: Duration = Duration::from_millis(100);
-/// Longest such pause.
-const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
-/// An agent that lived this long did not die young.
-const LIFE_MIN: Duration = Duration::from_secs(10);
-/// Longest time that an agent may take to end after SIGTERM.
+/// Pause between two tries to undo what an earlier run left.
+const CLEAN_PAUSE: Duration = Duration::from_millis(100);
+/// Longest wait for the processes of an earlier run to end.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// Longest time that stopping every pod may take; pods have their own grace periods.
 const RESET_LIMIT: Duration = Duration::from_secs(60);
 
 /// Tries to undo the mounts of a node; more than one when something else undoes them at the same time.
 const CLEAN_ATTEMPTS: u32 = 20;
+
+/// Flags before the configuration file in the command lines of what runs here.
+const CONFIG_FLAGS: [&[u8]; 3] = [b"--config", b"--config-file", b"-c"];
+
+/// Seconds between two reports about a device: whoever looks at a fleet on a desk wants to see things move.
+const DEVICE_REPORT_SECONDS: u32 = 1;
 
 /// Image of pod sandboxes, one of those that the project packs.
 const SANDBOX_IMAGE: &str = "skerry.local/pause:1";
@@ -38,6 +41,13 @@ pub(crate) struct Endpoints {
     pub(crate) quic: Option<SocketAddr>,
 }
 
+/// What the agent needs for devices.
+pub(crate) struct DeviceSide {
+    pub(crate) broker: SocketAddr,
+    /// Where mappers find the agent.
+    pub(crate) dmi_socket: PathBuf,
+}
+
 /// A node that runs.
 pub(crate) struct Node {
     name: String,
@@ -49,8 +59,7 @@ pub(crate) struct Node {
 
 struct Agent {
     program: PathBuf,
-    stop: CancellationToken,
-    task: tokio::task::JoinHandle<()>,
+    running: Supervised,
 }
 
 impl Node {
@@ -72,6 +81,11 @@ impl Node {
         Ok(node)
     }
 
+    /// The folder of all that is the node's.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// The name under which it joins.
     pub(crate) fn name(&self) -> &str {
         &self.name
@@ -88,12 +102,13 @@ impl Node {
         program: &Path,
         endpoints: &Endpoints,
         token: Option<String>,
+        devices: Option<&DeviceSide>,
     ) -> Result<()> {
         let token_file = self.dir.join("token");
         if let Some(token) = token {
             write_secret(&token_file, token.as_bytes())?;
         }
-        let config = json!({
+        let mut config = json!({
             "nodeName": self.name,
             "hub": format!("wss://{}", endpoints.hub),
             "enrol": format!("https://{}", endpoints.enrol),
@@ -104,29 +119,29 @@ impl Node {
             "runtimeSocket": self.containerd.socket(),
             "podLogDir": self.dir.join("logs"),
         });
+        if let Some(devices) = devices {
+            config["mqtt"] = json!({"server": format!("tcp://{}", devices.broker)});
+            config["dmiSocket"] = json!(devices.dmi_socket);
+            config["reportInterval"] = DEVICE_REPORT_SECONDS.into();
+        }
         // JSON is YAML.
         write_whole(&self.config(), &serde_json::to_vec_pretty(&config)?)?;
-        let stop = CancellationToken::new();
-        let task = tokio::spawn(supervise(
-            program.to_owned(),
-            self.config(),
-            self.pid_file(),
-            self.log(),
-            stop.clone(),
-        ));
-        self.agent = Some(Agent { program: program.to_owned(), stop, task });
+        let running = Supervised::start(Program {
+            name: "edgecore",
+            program: program.to_owned(),
+            args: vec!["run".into(), "--config".into(), self.config().into()],
+            log: self.log(),
+            pid_file: Some(self.pid_file()),
+        });
+        self.agent = Some(Agent { program: program.to_owned(), running });
         Ok(())
     }
 
     /// Ends the agent, every pod, containerd, and what they mounted and made.
     pub(crate) async fn stop(self) -> Result<()> {
         let mut outcome = Ok(());
-        if let Some(agent) = &self.agent {
-            agent.stop.cancel();
-        }
         if let Some(agent) = self.agent {
-            // Supervision ends by the token; a panic in it leaves nothing more to stop here.
-            let _ = agent.task.await;
+            agent.running.stop().await;
             let mut reset = Command::new(&agent.program);
             reset.arg("reset").arg("--config").arg(self.dir.join("edgecore.yaml"));
             reset.stdin(std::process::Stdio::null()).kill_on_drop(true);
@@ -209,75 +224,6 @@ fn network(dir: &Path) -> (String, String) {
     (format!("skerry{bridge}"), pods)
 }
 
-/// Runs the agent until told to stop; an agent that ends by itself is started again.
-async fn supervise(
-    program: PathBuf,
-    config: PathBuf,
-    pid_file: PathBuf,
-    log: PathBuf,
-    stop: CancellationToken,
-) {
-    let mut pause = RESTART_PAUSE;
-    loop {
-        let born = Instant::now();
-        match spawn(&program, &config, &log) {
-            Ok(mut child) => {
-                let pid = child.id().map(|pid| pid.to_string()).unwrap_or_default();
-                if let Err(error) = write_whole(&pid_file, pid.as_bytes()) {
-                    tracing::warn!(
-                        error = format!("{error:#}"),
-                        "the agent's process id is not on disk"
-                    );
-                }
-                tokio::select! {
-                    status = child.wait() => {
-                        let status = status.map_or_else(|e| e.to_string(), |s| s.to_string());
-                        tracing::warn!(status, ?pause, "edgecore ended; starting it again");
-                    }
-                    () = stop.cancelled() => return end(child, &pid_file).await,
-                }
-            }
-            Err(error) => {
-                tracing::warn!(
-                    error = format!("{error:#}"),
-                    ?pause,
-                    "edgecore could not be started"
-                );
-            }
-        }
-        tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            () = stop.cancelled() => return,
-        }
-        let young = born.elapsed() < LIFE_MIN;
-        pause = if young { (pause * 2).min(RESTART_PAUSE_MAX) } else { RESTART_PAUSE };
-    }
-}
-
-fn spawn(program: &Path, config: &Path, log: &Path) -> Result<Child> {
-    let log = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
-    let mut command = Command::new(program);
-    command.arg("run").arg("--config").arg(config);
-    command.stdin(std::process::Stdio::null()).stdout(log.try_clone()?).stderr(log);
-    // A group of its own, so that Ctrl-C reaches `skerry up` alone, which stops things in order.
-    command.process_group(0).kill_on_drop(true);
-    command.spawn().with_context(|| format!("could not start `{}`", program.display()))
-}
-
-async fn end(mut child: Child, pid_file: &Path) {
-    if let Some(pid) = child.id() {
-        signal(pid.cast_signed(), nix::sys::signal::Signal::SIGTERM);
-    }
-    if tokio::time::timeout(STOP_LIMIT, child.wait()).await.is_err() {
-        tracing::warn!("edgecore did not end in {} s; killing it", STOP_LIMIT.as_secs());
-        if let Err(error) = child.kill().await {
-            tracing::warn!(%error, "edgecore could not be killed");
-        }
-    }
-    // Absent when it could not be written.
-    let _ = std::fs::remove_file(pid_file);
-}
-
 /// Ends what an earlier `skerry up`, or a start that broke off, left of the node below `dir`: agent, containerd, pods,
 /// mounts, bridge. The node's files stay.
 pub(crate) async fn clear(dir: &Path) -> Result<()> {
@@ -290,7 +236,7 @@ pub(crate) async fn clear(dir: &Path) -> Result<()> {
             // A shim that was just killed may take its mounts along between our look and our hand.
             Err(ContainerdError::Unmount { .. }) if attempt < CLEAN_ATTEMPTS => {
                 attempt += 1;
-                tokio::time::sleep(RESTART_PAUSE).await;
+                tokio::time::sleep(CLEAN_PAUSE).await;
             }
             result => return Ok(result?),
         }
@@ -301,7 +247,8 @@ pub(crate) async fn clear(dir: &Path) -> Result<()> {
 /// gone. They are told by their command lines: a process id in a file may belong to another program by now, and is not
 /// there yet when a start was killed early.
 fn end_leftovers(dir: &Path) {
-    let configs = [dir.join("edgecore.yaml"), dir.join("containerd/containerd.toml")];
+    let mut configs = vec![dir.join("edgecore.yaml"), dir.join("containerd/containerd.toml")];
+    configs.extend(demo::configs(dir));
     let deadline = Instant::now() + STOP_LIMIT;
     loop {
         let left = started_with(&configs);
@@ -317,7 +264,7 @@ fn end_leftovers(dir: &Path) {
     let _ = std::fs::remove_file(dir.join("edgecore.pid"));
 }
 
-/// Processes with `--config` and one of `configs` in their command line.
+/// Processes with `--config`, `--config-file` or `-c`, and one of `configs` in their command line.
 fn started_with(configs: &[PathBuf]) -> Vec<i32> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
@@ -326,7 +273,7 @@ fn started_with(configs: &[PathBuf]) -> Vec<i32> {
         let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
         words.windows(2).any(|pair| {
             let is_ours = |config: &PathBuf| config.as_os_str().as_encoded_bytes() == pair[1];
-            pair[0] == b"--config" && configs.iter().any(is_ours)
+            CONFIG_FLAGS.contains(&pair[0]) && configs.iter().any(is_ours)
         })
     };
     pids.filter(ours).collect()

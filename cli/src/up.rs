@@ -3,6 +3,7 @@
 //! API server, CloudCore and reconciler run in this process; each edge node is a containerd and an `edgecore` of its
 //! own below one folder. Everything that is started here is stopped here, also when a later step fails.
 
+use crate::demo::{self, Demo};
 use crate::fault::hinted;
 use crate::services::Listen;
 use crate::site::{self, Endpoints, Node};
@@ -45,6 +46,9 @@ pub(crate) struct Args {
     /// Edge nodes to run here, by name; `none` for no node
     #[arg(long = "node", default_value = "lisbon-01-a")]
     nodes: Vec<String>,
+    /// A broker, mappers and a simulated fridge on the first node, where mosquitto is installed: `auto` or `off`
+    #[arg(long, default_value = "auto")]
+    devices: demo::Mode,
     /// Where the Kubernetes API listens
     #[arg(long, default_value = "127.0.0.1:6443")]
     api_listen: SocketAddr,
@@ -139,6 +143,9 @@ struct Stack {
     reconciler: tokio::task::JoinHandle<Result<()>>,
     stop: CancellationToken,
     nodes: Vec<Node>,
+    /// Ports of the devices, and what runs for them.
+    ports: Option<demo::Ports>,
+    demo: Option<Demo>,
     /// Folders of nodes whose start has begun: one that broke off leaves processes, and is in no other list.
     begun: Vec<PathBuf>,
     kubeconfig: PathBuf,
@@ -154,7 +161,10 @@ impl Stack {
             })
         });
         let template = template.transpose()?;
-        seed::remote(&remote, template.as_deref()).await?;
+        let mode = if node_names(args).next().is_none() { demo::Mode::Off } else { args.devices };
+        let ports = demo::Ports::choose(dir, mode, remote.exists())?;
+        let vars = ports.map(demo::Ports::vars).unwrap_or_default();
+        seed::remote(&remote, template.as_deref(), &vars).await?;
 
         let streams = Arc::new(TunnelStreams::default());
         let api = ApiServer::start(skerry_apiserver::Config {
@@ -214,6 +224,8 @@ impl Stack {
             reconciler,
             stop,
             nodes: Vec::new(),
+            ports,
+            demo: None,
             begun: Vec::new(),
             kubeconfig,
             remote,
@@ -255,7 +267,11 @@ impl Stack {
                 let ttl = Duration::from_secs(3600);
                 Some(skerry_cloudcore::create_token(&client, name, ttl).await?.to_string())
             };
-            let run = node.run_agent(edgecore, &endpoints, token);
+            if let Some(ports) = self.ports.take() {
+                self.demo = Some(Demo::start(node.dir(), ports).await?);
+            }
+            let devices = self.demo.as_ref().filter(|demo| demo.is_of(node.dir()));
+            let run = node.run_agent(edgecore, &endpoints, token, devices.map(Demo::side));
             self.nodes.push(node);
             run?;
         }
@@ -285,6 +301,7 @@ impl Stack {
         facts["remote"] = self.remote.to_string_lossy().into();
         facts["branch"] = seed::BRANCH.into();
         facts["nodes"] = self.nodes.iter().map(Node::describe).collect();
+        facts["devices"] = self.demo.as_ref().map_or(serde_json::Value::Null, Demo::describe);
         facts
     }
 
@@ -303,6 +320,9 @@ impl Stack {
         for node in self.nodes {
             let what = format!("the pods of node `{}` to stop", node.name());
             outcome = outcome.and(patient(&what, node.stop()).await);
+        }
+        if let Some(demo) = self.demo {
+            demo.stop().await;
         }
         for dir in self.begun {
             outcome = outcome.and(site::clear(&dir).await);
@@ -362,6 +382,21 @@ fn guide(facts: &serde_json::Value, took: Duration) -> String {
     lines.push(format!("           kubectl --kubeconfig {kubeconfig} get pods -A"));
     if facts["monitor"].is_string() {
         lines.push(format!("           {skerry} link --monitor {}", text("/monitor")));
+    }
+    if facts["devices"].is_object() {
+        let device = format!("{skerry} --kubeconfig {kubeconfig} device");
+        lines.push(format!("  devices  {device} list"));
+        lines.push(format!("           {device} get lisbon-01/fridge"));
+        lines.push(format!("           {device} watch lisbon-01"));
+        lines.push(format!("  warm it  {device} set lisbon-01/fridge setpoint=8"));
+        lines.push(
+            "           the rule `too-warm` lights its lamp and tells `fridge-watch`: its log says so".to_owned(),
+        );
+        lines.push(format!(
+            "  broker   {}, simulated fridge at {}",
+            text("/devices/broker"),
+            text("/devices/fridge")
+        ));
     }
     for node in facts["nodes"].as_array().into_iter().flatten() {
         let text = |key: &str| node[key].as_str().unwrap_or("-");

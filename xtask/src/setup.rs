@@ -34,6 +34,8 @@ const NODE: &[Need] = &[
     },
     Need { what: "ip", package: "iproute2", present: || sh::find("ip").is_some() },
     Need { what: "git", package: "git", present: || sh::find("git").is_some() },
+    // The broker of the devices that `up` shows and that tests talk to.
+    Need { what: "mosquitto", package: "mosquitto", present: || sh::find("mosquitto").is_some() },
 ];
 
 /// What building an image and booting it takes beside that.
@@ -59,21 +61,14 @@ const TESTS: &[Need] = &[
 ];
 
 /// What tests of devices and mappers talk to.
-const DEVICES: &[Need] = &[
-    Need {
-        what: "mosquitto",
-        package: "mosquitto",
-        present: || sh::find("mosquitto").is_some() || Path::new("/usr/sbin/mosquitto").exists(),
+const DEVICES: &[Need] = &[Need {
+    what: "Python's venv",
+    package: "python3-venv",
+    present: || {
+        let mut python = Command::new("python3");
+        sh::output(python.args(["-c", "import venv, ensurepip"])).is_ok()
     },
-    Need {
-        what: "Python's venv",
-        package: "python3-venv",
-        present: || {
-            let mut python = Command::new("python3");
-            sh::output(python.args(["-c", "import venv, ensurepip"])).is_ok()
-        },
-    },
-];
+}];
 
 /// The Modbus server that the Modbus mapper is tested against, with what it needs: version and digests.
 const PYMODBUS_VERSION: &str = "3.16.1";

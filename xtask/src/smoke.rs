@@ -4,9 +4,11 @@ use crate::fleet::{Fleet, PATIENCE, Running};
 use crate::sh;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Site, app and container of the template that the run watches.
 const NAMESPACE: &str = "site-lisbon-01";
@@ -14,6 +16,7 @@ const SITE_FILE: &str = "sites/lisbon-01.yaml";
 const APP_FOLDER: &str = "apps/hello-web/manifests";
 const CONTAINER: &str = "web";
 const PORT: u16 = 8080;
+const FRIDGE: &str = "lisbon-01/fridge";
 const IMAGES: [&str; 2] = ["skerry.local/busybox:1", "skerry.local/busybox:2"];
 
 /// Runs every step; returns the line of figures.
@@ -27,6 +30,8 @@ pub(crate) fn run(fleet: Fleet) -> Result<Value> {
     }
     let mut git = Command::new("git");
     sh::output(git.args(["clone", "-q", fleet.fact("/remote")?]).arg(&clone))?;
+    fleet.fact("/devices/broker").context("`skerry up` runs no devices; its log says why")?;
+    refresh(&fleet, &clone)?;
 
     // 1. A changed value reaches a container that was started for it. (The old one shows it earlier: its volume
     // follows the ConfigMap.)
@@ -85,6 +90,8 @@ pub(crate) fn run(fleet: Fleet) -> Result<Value> {
     ));
     ready(&fleet)?;
 
+    let devices = devices(&fleet)?;
+
     let services = rss(fleet.pid())?;
     let agent = rss(fleet.agent_pid()?.try_into()?)?;
     let figures = json!({
@@ -97,6 +104,9 @@ pub(crate) fn run(fleet: Fleet) -> Result<Value> {
         "one_process": true,
         "restarts_survived": survived,
         "start_s": seconds(fleet.start_time),
+        "device_wish_s": seconds(devices.wish),
+        "device_rule_s": seconds(devices.rule),
+        "device_history_values": devices.history_values,
     });
     let dir = fleet.dir.clone();
     let bridge = Path::new("/sys/class/net").join(fleet.fact("/nodes/0/bridge")?);
@@ -104,6 +114,131 @@ pub(crate) fn run(fleet: Fleet) -> Result<Value> {
     nothing_left(&dir)?;
     ensure!(!bridge.exists(), "the network bridge {} is still there", bridge.display());
     Ok(figures)
+}
+
+/// What the fridge showed.
+struct Devices {
+    /// From the start of `skerry device set` until the device has the value.
+    wish: Duration,
+    /// From there until the rule at the node has lit the lamp and the workload has heard; the air has to get warm first.
+    rule: Duration,
+    /// Values of the temperature that the node kept.
+    history_values: usize,
+}
+
+/// 4. Readings arrive, a wish reaches the fridge, and the rule at its node fires and ends, link or no link.
+fn devices(fleet: &Fleet) -> Result<Devices> {
+    set(fleet, 4)?;
+    reading(fleet, "a cold fridge", |_, air| air < 6.0)?;
+    sh::wait_for("word of the door", PATIENCE, || {
+        let door = property(fleet, "lisbon-01/fridge-door", "open")?;
+        Ok((!door.is_empty()).then_some(()))
+    })?;
+    let before = alarms(fleet)?;
+
+    let wish = set(fleet, 8)?;
+    // From here on the node is alone.
+    fleet.link.cut();
+    let start = Instant::now();
+    sh::wait_for("a workload that hears of the alarm", PATIENCE, || {
+        let all = alarms(fleet)?;
+        let new: Vec<&str> = all.lines().skip(before.lines().count()).collect();
+        Ok(new.iter().any(|line| line.contains("too warm")).then_some(()))
+    })?;
+    let rule = start.elapsed();
+    fleet.link.heal();
+    reading(fleet, "a lamp that the rule has lit", |lamp, air| lamp == "true" && air > 6.5)?;
+    sh::say(format!(
+        "wish to device {:.2} s, rule and workload {:.2} s later with the link cut",
+        wish.as_secs_f64(),
+        rule.as_secs_f64()
+    ));
+    set(fleet, 4)?;
+    reading(fleet, "a lamp that the rule has put out", |lamp, _| lamp == "false")?;
+    let monitor = fleet.fact("/monitor")?;
+    let history =
+        fleet.skerry(&["device", "history", FRIDGE, "temperature", "--monitor", monitor])?;
+    let values = history["rows"].as_array().context("the history has no rows")?;
+    ensure!(values.len() > 2, "the node kept {} values", values.len());
+    Ok(Devices { wish, rule, history_values: values.len() })
+}
+
+/// Sets what the thermostat aims at; returns how long it took until the fridge has it.
+fn set(fleet: &Fleet, degrees: i16) -> Result<Duration> {
+    let start = Instant::now();
+    fleet.skerry(&["device", "set", FRIDGE, &format!("setpoint={degrees}")])?;
+    sh::wait_for("a fridge with the new setpoint", PATIENCE, || {
+        Ok((setpoint(fleet)? == degrees * 10).then_some(()))
+    })?;
+    Ok(start.elapsed())
+}
+
+/// What the fridge's holding register 0 says: tenths of a degree.
+fn setpoint(fleet: &Fleet) -> Result<i16> {
+    let address: SocketAddr = fleet.fact("/devices/fridge")?.parse()?;
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
+    stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+    stream.write_all(&[0, 1, 0, 0, 0, 6, 1, 3, 0, 0, 0, 1])?;
+    let mut answer = [0; 11];
+    stream.read_exact(&mut answer)?;
+    ensure!(answer[7..9] == [3, 2], "the fridge answers {answer:?}");
+    Ok(i16::from_be_bytes([answer[9], answer[10]]))
+}
+
+/// Gives a repository that was made from an older template what the run needs of devices.
+fn refresh(fleet: &Fleet, clone: &Path) -> Result<()> {
+    let template = sh::root().join("fleet-repo-template");
+    let git = |args: &[&str]| sh::output(Command::new("git").current_dir(clone).args(args));
+    for folder in ["devices", "apps/fridge-watch"] {
+        git(&["rm", "-rq", "--ignore-unmatch", folder])?;
+        let to = clone.join(folder);
+        std::fs::create_dir_all(to.parent().context("a folder has a parent")?)?;
+        sh::output(Command::new("cp").arg("-r").arg(template.join(folder)).arg(to))?;
+    }
+    let site = clone.join(SITE_FILE);
+    if !std::fs::read_to_string(&site)?.contains("fridgePort:") {
+        std::fs::copy(template.join(SITE_FILE), &site)?;
+        for (name, fact) in [("fridgePort", "/devices/fridge"), ("brokerPort", "/devices/broker")] {
+            let address: SocketAddr = fleet.fact(fact)?.parse()?;
+            edit(&site, |line| {
+                let key = line.trim_start().starts_with(&format!("{name}:"));
+                key.then(|| format!("{}{name}: {}", indent(line), address.port()))
+            })?;
+        }
+    }
+    git(&["add", "-A"])?;
+    if !git(&["status", "--porcelain"])?.trim().is_empty() {
+        push(clone, "devices of the template")?;
+    }
+    Ok(())
+}
+
+/// Waits until `check` is content with lamp and air of the fridge, as the cluster knows them.
+fn reading(fleet: &Fleet, what: &str, check: impl Fn(&str, f64) -> bool) -> Result<()> {
+    sh::wait_for(what, PATIENCE, || {
+        let (lamp, air) =
+            (property(fleet, FRIDGE, "lamp")?, property(fleet, FRIDGE, "temperature")?);
+        let number = air.parse().with_context(|| format!("the air is `{air}`"))?;
+        ensure!(check(&lamp, number), "lamp {lamp}, air {air}");
+        Ok(Some(()))
+    })
+}
+
+/// What `skerry device get` says that a property is.
+fn property(fleet: &Fleet, device: &str, name: &str) -> Result<String> {
+    let about = fleet.skerry(&["device", "get", device])?;
+    let properties = about["properties"].as_array().context("the device has no properties")?;
+    let one = properties.iter().find(|property| property["property"] == name);
+    let reported = &one.context("no such property")?["reported"];
+    Ok(reported.as_str().unwrap_or_default().to_owned())
+}
+
+/// What the workload has heard so far.
+fn alarms(fleet: &Fleet) -> Result<String> {
+    let running = fleet.running(NAMESPACE, "watch")?;
+    let watch = running.first().context("no container `watch` runs")?;
+    // Absent until the first one.
+    Ok(watch.read("/tmp/alarms").unwrap_or_default())
 }
 
 /// Waits until exactly one container of the app runs and `check` is content with it.
@@ -212,9 +347,17 @@ fn nothing_left(dir: &Path) -> Result<()> {
         // A process that ended meanwhile has no command line any more.
         let command = std::fs::read_to_string(entry.path().join("cmdline")).unwrap_or_default();
         let program = command.split('\0').next().unwrap_or_default();
-        let ours = ["skerry", "edgecore", "containerd", "containerd-shim-runc-v2"]
-            .iter()
-            .any(|name| program.ends_with(name));
+        let ours = [
+            "skerry",
+            "edgecore",
+            "containerd",
+            "containerd-shim-runc-v2",
+            "mosquitto",
+            "skerry-mapper-modbus",
+            "skerry-mapper-mqtt",
+        ]
+        .iter()
+        .any(|name| program.ends_with(name));
         ensure!(
             !(ours && command.contains(&dir)),
             "process {} still runs: {}",
@@ -233,7 +376,7 @@ pub(crate) fn rss(pid: u32) -> Result<u64> {
     Ok(kib.parse::<u64>()? * 1024)
 }
 
-fn seconds(time: std::time::Duration) -> f64 {
+fn seconds(time: Duration) -> f64 {
     (time.as_secs_f64() * 1000.0).round() / 1000.0
 }
 
