@@ -23,22 +23,25 @@ pub(crate) fn run(name: &str, profile: &str, more: &[String]) -> Result<()> {
     match name {
         "up" if more.is_empty() => up(profile),
         "up" => bail!("bench `up` takes no further arguments"),
-        "link" => link(profile, more),
+        "link" => of_skerry_bench("link", profile, more),
+        "devices" => of_skerry_bench("devices", profile, more),
         "image" => crate::bench_image::run(profile, more),
         "qualify" => qualify(profile, more),
-        other => bail!("no bench `{other}`\nhint: there are `up`, `link`, `image` and `qualify`"),
+        other => bail!(
+            "no bench `{other}`\nhint: there are `up`, `link`, `devices`, `image` and `qualify`"
+        ),
     }
 }
 
-/// The link's figures; `skerry-bench` measures them, with namespaces and processes of its own.
-fn link(profile: &str, more: &[String]) -> Result<()> {
+/// Figures that `skerry-bench` measures, with namespaces and processes of its own.
+fn of_skerry_bench(name: &str, profile: &str, more: &[String]) -> Result<()> {
     setup::run(true)?;
     let programs = build::programs(profile)?;
     let folder = programs.edgecore.parent().context("a program lies in a folder")?;
     let mut command = Command::new(folder.join("skerry-bench"));
-    command.args(["link", "--programs"]).arg(folder).args(more);
+    command.args([name, "--programs"]).arg(folder).args(more);
     let status = command.status().context("could not start `skerry-bench`")?;
-    ensure!(status.success(), "`skerry-bench link` failed ({status})");
+    ensure!(status.success(), "`skerry-bench {name}` failed ({status})");
     Ok(())
 }
 

@@ -54,12 +54,12 @@ enum Verb {
     },
     /// Measure, and print one JSON line per figure
     Bench {
-        /// `up`, `link` or `image`
+        /// `up`, `link`, `devices`, `image` or `qualify`
         name: String,
         /// Cargo profile of the programs
         #[arg(long, default_value = "release")]
         profile: String,
-        /// Further arguments of the bench, after `--`: `link -- --help` lists them
+        /// Further arguments of the bench, after `--`: `link -- --help` and `devices -- --help` list them
         #[arg(last = true)]
         more: Vec<String>,
     },

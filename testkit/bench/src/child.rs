@@ -28,6 +28,24 @@ impl Child {
         Ok(Self { child, questions, answers })
     }
 
+    /// A program, with its output in a file.
+    pub(crate) fn of_program(program: &Path, arguments: &[&str], log: &Path) -> Result<Self> {
+        let log = File::create(log)?;
+        let child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("could not start `{}`", program.display()))?;
+        Ok(Self { child, questions: None, answers: None })
+    }
+
+    /// Id of its process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// A program in another network namespace, with its output in a file.
     pub(crate) fn in_namespace(
         namespace: &str,

@@ -128,11 +128,16 @@ pub(crate) async fn run(plan: Plan, hub_namespace: &str, node_namespace: &str) -
 
 /// Prints one figure.
 pub(crate) fn print(figure: &str, unit: &str, value: f64, peer: Option<f64>) {
+    print_of("link", figure, unit, value, peer);
+}
+
+/// Prints one figure of a bench.
+pub(crate) fn print_of(bench: &str, figure: &str, unit: &str, value: f64, peer: Option<f64>) {
     let round = |value: f64| (value * 10_000.0).round() / 10_000.0;
     let ratio = peer.map(|peer| round(value / peer));
     println!(
         "{}",
-        json!({"bench": "link", "figure": figure, "unit": unit, "value": round(value), "peer": peer, "ratio": ratio})
+        json!({"bench": bench, "figure": figure, "unit": unit, "value": round(value), "peer": peer, "ratio": ratio})
     );
 }
 

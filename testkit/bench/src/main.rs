@@ -1,4 +1,4 @@
-//! `skerry-bench`: the figures of the link, measured on one machine.
+//! `skerry-bench`: the figures of the link and of devices, measured on one machine.
 //!
 //! `link` makes two network namespaces, one for the hub and one for a node, joins them by an emulated wide-area link and
 //! measures inside; it needs root, `ip` and `/dev/net/tun`. The other verbs are its parts.
@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 mod child;
+mod devices;
 mod emulator;
 mod figures;
 mod fleet;
@@ -20,7 +21,10 @@ mod nodes;
 mod pki;
 
 #[derive(Parser)]
-#[command(name = "skerry-bench", about = "Figures of the link between hub and nodes")]
+#[command(
+    name = "skerry-bench",
+    about = "Figures of the link between hub and nodes, and of devices"
+)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -30,6 +34,14 @@ struct Cli {
 enum Verb {
     /// Measure the link, and print one JSON line per figure
     Link(figures::Plan),
+    /// Measure devices, and print one JSON line per figure
+    Devices(devices::Plan),
+    /// A mapper that makes load
+    #[command(hide = true)]
+    DevicesLoad {
+        #[arg(long)]
+        orders: PathBuf,
+    },
     /// The same inside namespaces that exist
     #[command(hide = true)]
     Inside {
@@ -72,6 +84,12 @@ fn main() -> Result<ExitCode> {
             block_on(figures::run(plan, &hub_namespace, &node_namespace))?;
         }
         Verb::Hub { kubeconfig, address } => block_on(hub::run(&kubeconfig, address))?,
+        Verb::Devices(plan) => block_on(devices::run(plan))?,
+        // One thread: what it needs of the machine is not the agent's.
+        Verb::DevicesLoad { orders } => tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?
+            .block_on(devices::load::run(&orders))?,
         Verb::Nodes { orders } => block_on(nodes::run_file(&orders))?,
     }
     Ok(ExitCode::SUCCESS)
