@@ -8,8 +8,10 @@ use crate::appliance::{Ask, Facts};
 use crate::config::Endpoint;
 use crate::enrol::Credentials;
 use fetch::{FetchError, Tally};
-use skerry_api::fleet::os::{Moment, OsOrder, OsProgress};
-use skerry_edge_core::os::{Failure, Input, Machine, OsUpdate, Output};
+use skerry_api::fleet::os::{KeyStatement, Moment, OsOrder, OsProgress};
+pub use skerry_edge_core::os::Failure;
+use skerry_edge_core::os::{Input, Machine, OsUpdate, Output};
+use skerry_init::update::RUNNING;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,6 +75,7 @@ pub async fn run(mut parts: Parts, stop: CancellationToken) {
         order: parts.order.clone(),
         pods: parts.pods.clone(),
         asks: parts.asks.clone(),
+        trusted: None,
         fetch: fetch::Parts {
             endpoint: parts.endpoint.clone(),
             credentials: parts.credentials.clone(),
@@ -126,6 +129,8 @@ struct Shell {
     pods: watch::Receiver<Running>,
     asks: mpsc::Sender<Ask>,
     fetch: fetch::Parts,
+    /// The key statement that PID 1 was told last.
+    trusted: Option<KeyStatement>,
 }
 
 impl Shell {
@@ -146,11 +151,39 @@ impl Shell {
                 )
                 .ok()
         });
+        if let Some(statement) = order.as_ref().and_then(|order| order.trust.clone()) {
+            self.tell_trust(statement);
+        }
         let clock = order.as_ref().map(|order| moment(order.policy.zone.as_deref()));
         if let Some(clock) = clock {
             self.handle(Input::Clock(clock));
         }
         Some(Input::Order(order))
+    }
+
+    /// Which keys may sign versions is told before any version that they sign: the fetch takes longer.
+    fn tell_trust(&mut self, statement: KeyStatement) {
+        if self.trusted.as_ref() == Some(&statement) {
+            return;
+        }
+        self.trusted = Some(statement.clone());
+        let KeyStatement { statement, signature } = statement;
+        let line = serde_json::json!({"trust": {"statement": statement, "signature": signature}});
+        let (answer, answered) = oneshot::channel();
+        let asks = self.asks.clone();
+        tokio::spawn(async move {
+            if asks.send(Ask { line, answer }).await.is_err() {
+                return;
+            }
+            match answered.await {
+                Ok(Ok(())) => tracing::info!("init trusts other release keys now"),
+                // Mostly one that it knows already.
+                Ok(Err(failure)) => {
+                    tracing::info!(reason = failure.reason, "init did not take the release keys")
+                }
+                Err(_) => {}
+            }
+        });
     }
 
     fn read_clock(&self) -> Option<Input> {
@@ -221,14 +254,27 @@ impl Shell {
 
     fn begin_fetch(&mut self, order: OsOrder) {
         self.stop_fetch();
-        let (parts, events) = (self.fetch.clone(), self.events.clone());
+        let (mut parts, events) = (self.fetch.clone(), self.events.clone());
+        let asks = self.asks.clone();
         self.fetching = Some(tokio::spawn(async move {
             let digest = order.digest.hex().to_owned();
+            // The boot partition is PID 1's: it puts the file of the running version where it can be read. Without it, its
+            // blocks are fetched.
+            let dir = parts.store.join(&digest);
+            let line = serde_json::json!({"boot-file": {"dir": dir}});
+            let (answer, answered) = oneshot::channel();
+            if std::fs::create_dir_all(&dir).is_ok()
+                && asks.send(Ask { line, answer }).await.is_ok()
+                && let Ok(Ok(())) = answered.await
+            {
+                parts.sources.push(dir.join(RUNNING));
+            }
             let told = |percent| {
                 // One that finds no room is followed by another.
                 let _ = events.try_send(Event::Percent(digest.clone(), percent));
             };
             let outcome = fetch::fetch(&parts, &order, told).await;
+            let _ = std::fs::remove_file(dir.join(RUNNING)); // only room
             let _ = events.send(Event::Fetched(digest.clone(), outcome)).await;
         }));
     }

@@ -35,9 +35,22 @@ pub struct OsReleaseSpec {
     /// does not get a version whose kernel does not carry its network. Empty: nothing is known, and nothing is stopped.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub kernel: BTreeMap<String, String>,
+    /// Which keys may sign versions from now on, when that changes; `skerry image trust` makes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trust: Option<KeyStatement>,
     /// Not yet: waves and gates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rollout: Option<serde_json::Value>,
+}
+
+/// Which keys may sign versions, signed by one that may now. Nodes check it; nobody on the way can.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct KeyStatement {
+    /// The text that is signed, byte for byte.
+    pub statement: String,
+    /// Ed25519, hexadecimal.
+    pub signature: String,
 }
 
 /// When the machines of a site may change their version.
@@ -207,6 +220,9 @@ pub struct OsOrder {
     pub counter: u64,
     /// See [`OsReleaseSpec::digest`].
     pub digest: Digest,
+    /// See [`OsReleaseSpec::trust`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trust: Option<KeyStatement>,
     /// When.
     #[serde(default)]
     pub policy: OsPolicy,

@@ -203,10 +203,9 @@ impl OsUpdate {
                 let machine = Some(machine);
                 if step(&machine) != step(&self.machine) {
                     self.asked = None;
-                    self.refused = self
-                        .failure(&machine)
-                        .map(|failure| (failure, now))
-                        .or(self.refused.take());
+                    if let Some(failure) = self.failure(&machine) {
+                        self.refuse(failure, now);
+                    }
                 }
                 self.machine = machine;
             }
@@ -226,7 +225,7 @@ impl OsUpdate {
                     self.fetch = Fetch::Failed { digest, failure, at: now };
                 }
             }
-            Input::Refused(failure) => self.refused = Some((failure, now)),
+            Input::Refused(failure) => self.refuse(failure, now),
             Input::Tick => {}
         }
         self.progress = self.decide(now, &mut outputs);
@@ -249,6 +248,14 @@ impl OsUpdate {
         let wanted = &self.order.as_ref()?.version;
         let failure = Failure { reason: update.reason.clone(), hint: update.hint.clone() };
         (update.version == *wanted).then_some(failure)
+    }
+
+    /// PID 1 did not do it, and may have taken away what it was given.
+    fn refuse(&mut self, failure: Failure, now: Duration) {
+        self.refused = Some((failure, now));
+        if matches!(self.fetch, Fetch::Complete { .. }) {
+            self.fetch = Fetch::None;
+        }
     }
 
     fn is_fetching(&self, wanted: &str) -> bool {

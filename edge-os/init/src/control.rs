@@ -3,7 +3,8 @@
 //! `{"beat":{…}}` every ten seconds from the agent, `{"reboot":{"reason":"…"}}`, `{"poweroff":{"reason":"…"}}`,
 //! `{"token-used":true}` after the node has joined, and `{"facts":{}}`, which is answered by one line. Orders are answered
 //! as well: `{"update":{"dir":"…","pods":[…],"connected":true}}`, `{"rollback":{"reason":"…"}}`,
-//! `{"site":{"text":"…"}}`, `{"trust":{"statement":"…","signature":"hex"}}`, each with `{"update":{"accepted":true}}`
+//! `{"site":{"text":"…"}}`, `{"trust":{"statement":"…","signature":"hex"}}`, `{"boot-file":{"dir":"…"}}` (which puts the running
+//! version's boot file there, as `running.efi`, so that the agent need not fetch what it has), each with `{"update":{"accepted":true}}`
 //! (or its own word) or `{"error":"…","hint":"…"}`. During a trial a beat says `"trial":{"missing":["ns/name: why",…]}`. A
 //! line that is none of these is answered by `{"error":"…"}`. Pure: sockets are [`crate::stage1`]'s.
 
@@ -42,6 +43,15 @@ pub enum Request {
     Site(SiteLine),
     /// Trust other release keys.
     Trust(TrustLine),
+    /// Put the boot file of the running version where it can be read.
+    BootFile(FolderLine),
+}
+
+/// A folder of `/state/update`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct FolderLine {
+    /// Named after the digest of a manifest.
+    pub dir: String,
 }
 
 /// An update that lies ready.

@@ -11,7 +11,7 @@
 use crate::cmdline::CommandLine;
 use crate::confirm::{self, Confirm};
 use crate::console::{Console, Problem, Word, chain};
-use crate::control::{self, BeatLine, Facts, Lines, Request, UpdateLine};
+use crate::control::{self, BeatLine, Facts, FolderLine, Lines, Request, UpdateLine};
 use crate::kernel::{Ending, Exit, Kernel, Mount, NODEV, NOSUID, RDONLY, REMOUNT, line};
 use crate::logring::{self, Ring};
 use crate::modules::Modules;
@@ -960,6 +960,11 @@ impl Owner {
                 let taken = self.updates.handle_rollback(&reason.reason);
                 let taken = taken.map_err(|error| (chain(&error), error.hint()));
                 return Some(control::answer("rollback", taken));
+            }
+            Request::BootFile(FolderLine { dir }) => {
+                let taken = self.updates.copy_boot_file(&dir);
+                let taken = taken.map_err(|error| (chain(&error), error.hint()));
+                return Some(control::answer("boot-file", taken));
             }
             Request::Site(new) => {
                 let taken = self.change_site(now, &new.text);

@@ -78,8 +78,9 @@ impl Channels {
             let message = format!("there is no OsRelease `{channel}` in `os/`");
             return (None, Some(Problem { message, hint: Some(hint), ..Problem::default() }));
         };
-        let OsReleaseSpec { version, counter, digest, kernel, .. } = known.spec.clone();
-        let order = OsOrder { channel: channel.to_owned(), version, counter, digest, policy };
+        let OsReleaseSpec { version, counter, digest, kernel, trust, .. } = known.spec.clone();
+        let channel = channel.to_owned();
+        let order = OsOrder { channel, version, counter, digest, trust, policy };
         (Some(Target { order, kernel }), None)
     }
 }

@@ -121,6 +121,24 @@ impl Engine {
         self.with_esp(false, |folder| Ok(self.entries_in(folder)))
     }
 
+    /// Copies the boot file of the running version. Nothing has to last: who reads it checks each block.
+    pub(super) fn copy_running(&self, to: &str) -> Result<(), Refusal> {
+        const WHAT: &str = "copy the running boot file";
+        self.with_esp(false, |folder| {
+            let entries = self.entries_in(folder);
+            let own = entries.iter().find(|entry| entry.version == self.version);
+            let missing = || system(WHAT)(io::ErrorKind::NotFound.into());
+            let from = format!("{folder}/{}", own.ok_or_else(missing)?.name);
+            let bytes = self.kernel.file_len(&from).map_err(system(WHAT))?;
+            if self.kernel.exists(to) {
+                self.kernel.remove(to).map_err(system(WHAT))?;
+            }
+            self.pieces(&from, bytes, |_, piece| {
+                self.kernel.append(to, piece).map_err(system(WHAT))
+            })
+        })
+    }
+
     /// Compares the parts with the manifest.
     pub(super) fn compare(&self, order: &Order, progress: &Progress) -> Result<(), Refusal> {
         for part in &order.manifest.parts {

@@ -37,6 +37,8 @@ use std::time::Duration;
 pub const HEAD_LEN: usize = 512;
 /// Pods of an order; more are not watched by name.
 pub const PODS_MAX: usize = 256;
+/// Name of the copy of the running version's boot file.
+pub const RUNNING: &str = "running.efi";
 /// Time between two looks at the thread that writes, and at the gate.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Part of the console's problems.
@@ -394,6 +396,26 @@ impl Updates {
         self.progress.begin(&order.trial.version, &self.engine.version);
         self.spawn(move |engine, progress| carry_out(engine, &order, progress));
         Ok(())
+    }
+
+    /// Puts the running version's boot file into a folder of `/state/update`, as [`RUNNING`]: what is fetched shares most of
+    /// its blocks with it.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal`]; the agent fetches these blocks then.
+    pub fn copy_boot_file(&self, dir: &str) -> Result<(), Refusal> {
+        if self.writing {
+            return Err(Refusal::Busy(self.status().unwrap_or_default().version));
+        }
+        if !boot::has_loader(self.engine.kernel) {
+            return Err(Refusal::NoLoader);
+        }
+        let digest = dir.strip_prefix(&format!("{}/", records::FOLDER));
+        match digest.is_some_and(manifest::is_digest) {
+            true => self.engine.copy_running(&format!("{dir}/{RUNNING}")),
+            false => Err(Refusal::Folder(dir.into())),
+        }
     }
 
     /// Looks whether a stick has an update. `connected` and `pods` are what the agent has said last.

@@ -541,7 +541,101 @@ pub(super) fn nic() -> Seen {
     }
 }
 
-/// Devices of a class.
+/// Something that a network card does by itself, asked from its driver as `ethtool -k` does.
+///
+/// Source: Linux, include/uapi/linux/ethtool.h, the commands with a `struct ethtool_value`.
+pub(super) fn nic_feature(name: &str) -> Seen {
+    let command: u32 = match name {
+        "checksum" => 0x16,
+        "tso" => 0x1e,
+        "gro" => 0x2b,
+        "link" => 0x0a,
+        _ => return Seen::Unclear(format!("`{name}` is not known")),
+    };
+    let socket = match sys::socket(libc::AF_INET, libc::SOCK_DGRAM, 0) {
+        Ok(socket) => socket,
+        Err(errno) => return Seen::Unclear(sys::errno_text(errno)),
+    };
+    let (mut with, mut without) = (Vec::new(), Vec::new());
+    for (card, _) in cards() {
+        let mut value = [0; 8];
+        value[..4].copy_from_slice(&command.to_ne_bytes());
+        match sys::ethtool(&socket, &card, &mut value) {
+            Ok(()) if value[4..] != [0; 4] => with.push(card),
+            Ok(()) => without.push(card),
+            Err(EPERM) => return Seen::NotPermitted(sys::errno_text(EPERM)),
+            Err(EOPNOTSUPP) => without.push(card),
+            Err(errno) => return Seen::Unclear(format!("{card}: {}", sys::errno_text(errno))),
+        }
+    }
+    match (with.is_empty(), without.is_empty()) {
+        (true, true) => Seen::NoDevice("no network card".into()),
+        (true, false) => Seen::Absent(format!("off or not there: {}", without.join(", "))),
+        _ => works(with.join(", ")),
+    }
+}
+
+/// Device files whose name begins with `prefix`, opened for reading, the first that can be.
+fn first_device(prefix: &str, class_name: &str) -> Result<(String, std::fs::File), Seen> {
+    let entries = std::fs::read_dir("/dev").into_iter().flatten().filter_map(Result::ok);
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.retain(|name| name.starts_with(prefix));
+    names.sort();
+    let Some(name) = names.into_iter().next() else {
+        // Without a file there is no device, whatever the class says.
+        return Err(match class(class_name) {
+            Seen::Works(what) => Seen::NotPermitted(format!("{what} has no file in /dev")),
+            other => other,
+        });
+    };
+    match std::fs::File::open(format!("/dev/{name}")) {
+        Ok(file) => Ok((name, file)),
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            Err(Seen::NotPermitted(error.to_string()))
+        }
+        Err(error) => Err(Seen::Unclear(format!("/dev/{name}: {error}"))),
+    }
+}
+
+/// An I2C adapter says what it can do; nothing is put on the bus.
+pub(super) fn i2c() -> Seen {
+    const I2C_FUNCS: u64 = 0x0705;
+    const PLAIN: u64 = 1;
+    const SMBUS_BYTE: u64 = 0x0006_0000;
+    let (name, file) = match first_device("i2c-", "i2c-dev") {
+        Ok(found) => found,
+        Err(seen) => return seen,
+    };
+    let mut functions = [0; 8];
+    match sys::ioctl(&file, I2C_FUNCS, &mut functions) {
+        Ok(_) => {
+            let functions = u64::from_ne_bytes(functions);
+            let can = |bits: u64, word: &'static str| (functions & bits != 0).then_some(word);
+            let words: Vec<&str> =
+                [can(PLAIN, "I2C"), can(SMBUS_BYTE, "SMBus")].into_iter().flatten().collect();
+            works(format!("{name}: {}", words.join(" and ")))
+        }
+        Err(errno) => Seen::Unclear(format!("{name}: {}", sys::errno_text(errno))),
+    }
+}
+
+/// An SPI device says how fast its bus may be; nothing is put on it.
+pub(super) fn spi() -> Seen {
+    /// `_IOR('k', 4, __u32)`.
+    const SPI_IOC_RD_MAX_SPEED_HZ: u64 = 0x8004_6b04;
+    let (name, file) = match first_device("spidev", "spidev") {
+        Ok(found) => found,
+        Err(seen) => return seen,
+    };
+    let mut speed = [0; 4];
+    match sys::ioctl(&file, SPI_IOC_RD_MAX_SPEED_HZ, &mut speed) {
+        Ok(_) => works(format!("{name}: up to {} Hz", u32::from_ne_bytes(speed))),
+        Err(errno) => Seen::Unclear(format!("{name}: {}", sys::errno_text(errno))),
+    }
+}
+
+/// Devices of a class. Serial ports are not opened: that raises DTR, which resets some boards behind them.
 pub(super) fn class(name: &str) -> Seen {
     let folder = match name {
         "gpio" => "/sys/bus/gpio/devices".into(),

@@ -400,6 +400,9 @@ impl Bench {
             ["fsync"] => host::fsync(&self.state.clone(), &mut self.measured),
             ["secure-boot"] => host::secure_boot(),
             ["nic"] => host::nic(),
+            ["nic-feature", name] => host::nic_feature(name),
+            ["i2c"] => host::i2c(),
+            ["spi"] => host::spi(),
             ["no-swap"] => host::no_swap(),
 
             ["bpf-map", name] => bpf::map(name),

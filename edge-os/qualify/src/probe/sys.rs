@@ -132,6 +132,21 @@ pub(super) fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errn
     result(got as i64).map(|got| got as usize)
 }
 
+/// `SIOCETHTOOL` about the network card of this name. `value` begins with the command; the answer comes back in it.
+pub(super) fn ethtool(socket: &OwnedFd, card: &str, value: &mut [u8; 8]) -> Result<(), Errno> {
+    const SIOCETHTOOL: u64 = 0x8946;
+    /// Offset and length of the name and of the pointer in `struct ifreq`.
+    const NAME_MAX: usize = 15;
+    const POINTER_AT: usize = 16;
+    let mut request = [0; 40];
+    let name = card.as_bytes().get(..NAME_MAX).unwrap_or(card.as_bytes());
+    request[..name.len()].copy_from_slice(name);
+    let pointer = (value.as_mut_ptr() as usize).to_ne_bytes();
+    request[POINTER_AT..POINTER_AT + pointer.len()].copy_from_slice(&pointer);
+    // The commands of the callers read and write a `struct ethtool_value`, which `value` is, and it lives over the call.
+    ioctl(socket, SIOCETHTOOL, &mut request).map(drop)
+}
+
 /// `ioctl(2)` with a buffer.
 pub(super) fn ioctl(file: &impl AsRawFd, request: u64, buffer: &mut [u8]) -> Result<i64, Errno> {
     // SAFETY: every request of the callers reads and writes at most `buffer`'s length.
