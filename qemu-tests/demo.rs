@@ -22,7 +22,7 @@ pub(crate) fn run(lab: &Lab, dir: &Path, stop: &AtomicBool) -> Result<()> {
     let disk = if is_new {
         Disk::copy(&lab.image.base(), &disk, DISK_LENGTH)?
     } else {
-        Disk { path: disk, format: Format::Raw, read_only: false }
+        Disk { path: disk, format: Format::Raw, read_only: false, log: None }
     };
     let plan = match lab.firmware_machine(NODE) {
         Ok(plan) => plan,

@@ -126,7 +126,7 @@ fn median_boot(plan: impl Fn() -> Result<Plan>, want: Want<'_>) -> Result<f64> {
 
 fn reference_boot(lab: &Lab, reference: &Reference) -> Result<f64> {
     let format = if is_qcow2(&reference.disk)? { Format::Qcow2 } else { Format::Raw };
-    let base = Disk { path: reference.disk.clone(), format, read_only: true };
+    let base = Disk { path: reference.disk.clone(), format, read_only: true, log: None };
     let site = lab.site("reference")?;
     let plan = || {
         let disk = Disk::overlay(&base, &lab.file("reference.qcow2"), None)?;

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 mod demo;
 mod figures;
+mod powercut;
 mod scenarios;
 mod signals;
 
@@ -49,8 +50,11 @@ struct Args {
     #[arg(long, requires = "signed")]
     keys: Option<PathBuf>,
     /// Key whose signature the image wants on updates
-    #[arg(long)]
+    #[arg(long, requires = "newer")]
     release_key: Option<PathBuf>,
+    /// Folder of an image of a newer version
+    #[arg(long, requires = "release_key")]
+    newer: Option<PathBuf>,
     /// Where pilot.html and pilot.json go
     #[arg(long)]
     report: Option<PathBuf>,
@@ -78,6 +82,15 @@ struct Args {
     /// With --figures: a disk of another system to be held against, and what its console writes when its node is Ready
     #[arg(long, num_args = 2, value_names = ["DISK", "TEXT"], requires = "figures")]
     reference: Option<Vec<String>>,
+    /// Instead, check so many disks that a power cut may leave in an update; prints one JSON line at the end
+    #[arg(long, value_name = "IMAGES", requires = "newer", conflicts_with_all = ["figures", "only", "ci", "report"])]
+    powercut: Option<usize>,
+    /// With --powercut: so many of them are booted
+    #[arg(long, default_value_t = 2, requires = "powercut")]
+    boots: usize,
+    /// With --powercut: the seed of what is lost
+    #[arg(long, default_value_t = 1, requires = "powercut")]
+    seed: u64,
     /// Instead, run a hub and one machine as its node until Ctrl-C; both are kept in this folder
     #[arg(long, value_name = "DIR", conflicts_with_all = ["figures", "only", "ci", "report", "work"])]
     up: Option<PathBuf>,
@@ -135,6 +148,21 @@ fn run(args: Args) -> Result<ExitCode> {
         });
         figures::run(&lab, reference.as_ref(), &args.figure)?;
         return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(images) = args.powercut {
+        let verdict = powercut::run(&lab, images, args.boots, args.seed)?;
+        if args.output == Output::Table {
+            eprintln!(
+                "{} images, {} booted: {} unbootable, {} mixed, {} lost their identity",
+                verdict.images,
+                verdict.booted,
+                verdict.unbootable,
+                verdict.mixed,
+                verdict.lost_identity
+            );
+        }
+        println!("{}", serde_json::to_string(&verdict)?);
+        return Ok(if verdict.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     let mut outcomes = Vec::new();
     for scenario in &chosen {
@@ -201,7 +229,7 @@ fn inputs(args: &Args) -> Result<Inputs> {
             kubectl: args.kubectl.clone(),
             template: args.template.clone().context("--template is missing")?,
         },
-        release_key: args.release_key.clone(),
+        newer: args.newer.clone().zip(args.release_key.clone()),
         signed: args.signed.clone().zip(args.keys.clone()),
         hold: Duration::from_secs(args.hold * 60),
         show_consoles: args.consoles,

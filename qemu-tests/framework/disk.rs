@@ -46,6 +46,8 @@ pub struct Disk {
     pub format: Format,
     /// The machine cannot write it.
     pub read_only: bool,
+    /// Every write and flush of the machine is noted in this file, which is there; raw disks only.
+    pub log: Option<PathBuf>,
 }
 
 impl Disk {
@@ -56,7 +58,7 @@ impl Disk {
         command.arg(std::path::absolute(&base.path)?).arg(at);
         command.args(length.map(|length| length.to_string()));
         run(&mut command)?;
-        Ok(Self { path: at.into(), format: Format::Qcow2, read_only: false })
+        Ok(Self { path: at.into(), format: Format::Qcow2, read_only: false, log: None })
     }
 
     /// A sparse copy, byte for byte, of at least `length`.
@@ -68,18 +70,24 @@ impl Disk {
         if file.metadata()?.len() < length {
             file.set_len(length)?;
         }
-        Ok(Self { path: at.into(), format: Format::Raw, read_only: false })
+        Ok(Self { path: at.into(), format: Format::Raw, read_only: false, log: None })
     }
 
     /// A disk full of zeros.
     pub fn blank(at: &Path, length: u64) -> Result<Self> {
         File::create(at)?.set_len(length)?;
-        Ok(Self { path: at.into(), format: Format::Raw, read_only: false })
+        Ok(Self { path: at.into(), format: Format::Raw, read_only: false, log: None })
     }
 
     /// The built image itself, which no machine may write.
     pub fn original(path: &Path) -> Self {
-        Self { path: path.into(), format: Format::Raw, read_only: true }
+        Self { path: path.into(), format: Format::Raw, read_only: true, log: None }
+    }
+
+    /// The same disk, whose writes are logged; see [`crate::writelog`].
+    pub fn logged(mut self, log: &Path) -> Self {
+        self.log = Some(log.into());
+        self
     }
 
     /// The same disk, not writable.

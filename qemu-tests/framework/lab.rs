@@ -42,8 +42,8 @@ pub struct Inputs {
     /// The same image, signed with a key that machines are told to trust, where there is one: its folder, and the
     /// folder of the keys.
     pub signed: Option<(PathBuf, PathBuf)>,
-    /// Key whose signature the image wants on updates, where it was built with one.
-    pub release_key: Option<PathBuf>,
+    /// Folder of an image of a newer version, and the key whose signature the image under test wants on it.
+    pub newer: Option<(PathBuf, PathBuf)>,
     /// How long the scenario of little memory watches its pods.
     pub hold: Duration,
     /// Consoles are shown on standard error while they are written.

@@ -28,3 +28,4 @@ pub mod release;
 pub mod report;
 pub mod scenario;
 pub mod uki;
+pub mod writelog;

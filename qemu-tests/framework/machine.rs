@@ -216,7 +216,19 @@ impl Plan {
             }
         }
         for (index, disk) in self.disks.iter().enumerate() {
-            put(&["-drive", &drive(disk, &format!("disk{index}"))]);
+            match &disk.log {
+                None => put(&["-drive", &drive(disk, &format!("disk{index}"))]),
+                Some(log) => {
+                    let node = |name: &str, file: &Path| {
+                        format!("driver=file,node-name={name}{index},filename={}", escaped(file))
+                    };
+                    put(&["-blockdev", &node("file", &disk.path), "-blockdev", &node("log", log)]);
+                    let filter = format!(
+                        "driver=blklogwrites,node-name=disk{index},file=file{index},log=log{index}"
+                    );
+                    put(&["-blockdev", &filter]);
+                }
+            }
             // QEMU's own loader of kernels has index 0.
             let boot = index + 1;
             let device = format!("virtio-blk-pci,drive=disk{index},id=vd{index},bootindex={boot}");

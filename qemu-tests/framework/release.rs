@@ -1,8 +1,6 @@
-//! Releases that are newer than the image under test: its own root with another boot file, signed and bundled by the
-//! product's own command. Whatever a scenario changes in the boot file is in the version that a box is then given.
-//!
-//! The root is the same, so that no second image has to be built: what a box checks about it (digest, hash tree) is as
-//! real as for another one.
+//! Releases that are newer than the image under test: a newer image with a version of its own in its boot file, signed
+//! and bundled by the product's own command. Whatever a scenario changes in the boot file is in the version that a box is
+//! then given.
 
 use crate::disk::run;
 use crate::image::Image;
@@ -25,23 +23,25 @@ pub struct Release {
     pub version: String,
     /// The signed bundle.
     pub bundle: PathBuf,
+    /// Its boot file.
+    pub uki: Vec<u8>,
+    /// File of its root.
+    pub root: PathBuf,
 }
 
 /// Makes a release whose version begins with another digit; `change` may spoil its boot file.
 ///
 /// # Errors
 ///
-/// [`Skipped`] when the image was built without a release key or the caller has none.
+/// [`Skipped`] when the caller has no newer image.
 pub fn newer(
     lab: &Lab,
     first: char,
     change: impl FnOnce(&mut Vec<u8>) -> Result<()>,
 ) -> Result<Release> {
-    let skip = |what: &str| Skipped(what.into());
-    let key = lab.inputs.release_key.as_ref().ok_or_else(|| skip("there is no release key"))?;
-    let folder = &lab.inputs.image;
-    ensure!(folder.is_dir(), skip("the image is one file, its parts are not there"));
-    let Image { manifest, .. } = &lab.image;
+    let skip = || Skipped("there is no image of a newer version; see --newer".into());
+    let (folder, key) = lab.inputs.newer.as_ref().ok_or_else(skip)?;
+    let Image { manifest, .. } = &Image::open(folder)?;
     let old = manifest["version"].as_str().context("the manifest has no version")?;
     let version = format!("{first}{}", old.get(1..).context("a version is plain text")?);
     let mut uki = std::fs::read(folder.join("uki.efi"))?;
@@ -57,8 +57,6 @@ pub fn newer(
     std::fs::create_dir_all(&made)?;
     let mut manifest = manifest.clone();
     manifest["version"] = Value::from(version.as_str());
-    let counter = manifest["release_counter"].as_u64().unwrap_or(0);
-    manifest["release_counter"] = Value::from(counter + 1);
     let part = &mut manifest["parts"][0];
     part["bytes"] = Value::from(uki.len());
     part["sha256"] = Value::from(hex(&uki));
@@ -82,7 +80,8 @@ pub fn newer(
     run(export.arg(&version))?;
     std::fs::remove_file(unsigned)?;
     std::fs::remove_dir_all(store)?;
-    Ok(Release { version, bundle })
+    let root = folder.join("root.img");
+    Ok(Release { version, bundle, uki, root })
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -4,6 +4,8 @@ use skerry_qemu_tests::scenario::Scenario;
 
 mod parts;
 
+pub(crate) use update_usb::WRITTEN;
+
 /// Declares the modules and the list in one place, so that no file can be forgotten.
 macro_rules! scenarios {
     ($($name:ident $(: $ci:ident)?),* $(,)?) => {

@@ -24,6 +24,8 @@ pub(crate) struct Recipe<'a> {
     keys: Option<&'a Path>,
     /// Key that signs its bundle, and that it trusts.
     release_key: Option<&'a Path>,
+    /// Another version than that of the tree, with its release counter.
+    version: Option<(&'a str, u64)>,
     /// Further arguments of the builder.
     more: &'a [String],
 }
@@ -31,7 +33,12 @@ pub(crate) struct Recipe<'a> {
 impl<'a> Recipe<'a> {
     /// Unsigned, with the programs of a profile.
     pub(crate) fn new(profile: &'a str) -> Self {
-        Self { profile, keys: None, release_key: None, more: &[] }
+        Self { profile, keys: None, release_key: None, version: None, more: &[] }
+    }
+
+    /// The same as another version.
+    pub(crate) fn version(self, version: &'a str, counter: u64) -> Self {
+        Self { version: Some((version, counter)), ..self }
     }
 
     /// The same, which takes updates that are signed with a key.
@@ -69,8 +76,10 @@ pub(crate) fn build(recipe: &Recipe<'_>) -> Result<Built> {
     let appliance = build::appliance(recipe.profile)?;
     let target = build::target()?;
     let archives = images::pack(&target.join("images"))?;
-    let name = if recipe.keys.is_some() { "-signed" } else { "" };
-    let folder = target.join("image").join(format!("{}{name}", recipe.profile));
+    let mut name = recipe.profile.to_owned();
+    name += if recipe.keys.is_some() { "-signed" } else { "" };
+    name += &recipe.version.map(|(version, _)| format!("-{version}")).unwrap_or_default();
+    let folder = target.join("image").join(name);
     let mut skerry = Command::new(&programs.skerry);
     skerry.args(["image", "build", "--arch", "amd64", "--out"]).arg(&folder);
     skerry.arg("--binaries").arg(&appliance);
@@ -89,6 +98,9 @@ pub(crate) fn build(recipe: &Recipe<'_>) -> Result<Built> {
     }
     if let Some(key) = recipe.release_key {
         skerry.arg("--release-key").arg(key);
+    }
+    if let Some((version, counter)) = recipe.version {
+        skerry.args(["--version", version, "--release-counter", &counter.to_string()]);
     }
     if let Err(error) = sh::run(skerry.args(recipe.more)) {
         let newer = match recipe.profile == build::QUICK {

@@ -1,5 +1,5 @@
 //! What a person types in this repository:
-//! `cargo xtask setup|up|test|bench|image|pilot|conformance|sim|fuzz|interop|facts`.
+//! `cargo xtask setup|up|test|bench|image|pilot|powercut|conformance|sim|fuzz|interop|facts`.
 //!
 //! It installs what is missing, builds the programs and drives them from outside, as an operator would; it links none
 //! of them. Standard output is data, standard error is talk.
@@ -18,6 +18,7 @@ mod image;
 mod images;
 mod interop;
 mod pilot;
+mod powercut;
 mod relay;
 mod setup;
 mod sh;
@@ -65,6 +66,8 @@ enum Verb {
     },
     /// Boot the appliance in every situation of the pilot's scenarios and write the report
     Pilot(pilot::Args),
+    /// Check every disk that a power cut may leave in first boot, update and trial
+    Powercut(powercut::Args),
     /// Build an appliance image from this tree
     Image(image::Args),
     /// Run the kubectl contract suite against a cluster (default: a fleet started for it)
@@ -100,6 +103,7 @@ fn main() -> ExitCode {
             bench::run(&name, &profile, &more).map(|()| ExitCode::SUCCESS)
         }
         Verb::Pilot(args) => pilot::run(&args),
+        Verb::Powercut(args) => powercut::run(&args),
         Verb::Image(args) => image::run(&args).map(|()| ExitCode::SUCCESS),
         Verb::Conformance(args) => conformance::run(args),
         Verb::Sim(args) => sim::run("sim", "release", &args),
