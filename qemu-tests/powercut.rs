@@ -9,7 +9,7 @@
 //! boot file or root is not byte for byte that of one version, and has *lost its identity* when the node's certificate
 //! was on the disk for certain and is not there, or its state cannot be repaired without a person.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde::Serialize;
 use skerry_qemu_tests::console::Want;
 use skerry_qemu_tests::disk::{self, Disk};
@@ -223,6 +223,9 @@ impl<'a> Bench<'a> {
     fn apply_all(&mut self, log: &WriteLog) -> Result<()> {
         self.advance(log, log.entries.len())?;
         self.applied = 0;
+        let names = self.identity(&Disk::original(&self.path))?;
+        self.identity = names.map_err(|what| anyhow!("after an orderly end: {what}"))?;
+        ensure!(!self.identity.is_empty(), "the node has no identity after an orderly end");
         Ok(())
     }
 
@@ -319,7 +322,7 @@ impl<'a> Bench<'a> {
         let state = self.part(disk, "state", "state.raw")?;
         let outcome = || -> Result<Result<BTreeSet<String>, String>> {
             let code = quiet(Command::new("e2fsck").arg("-p").arg(&state))?;
-            if code > 2 {
+            if code > 3 {
                 return Ok(Err(format!("e2fsck ends with {code}")));
             }
             let listed = Command::new("debugfs")

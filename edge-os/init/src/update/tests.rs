@@ -1,5 +1,6 @@
 use super::core::{GATE_MAX, Seen};
 use super::*;
+use crate::disk;
 use crate::manifest::{PRODUCT, Part as ManifestPart, STATE_SCHEMA};
 use crate::recorder::{self, flashed};
 use crate::trust::tests::{pair, public};
@@ -27,8 +28,6 @@ fn machine() -> &'static recorder::Machine {
     machine.clear_log();
     Box::leak(Box::new(machine))
 }
-
-use crate::disk;
 
 fn updates(machine: &'static recorder::Machine, version: &str, boot_id: &str) -> Updates {
     let slot = if version == "1.0" { "a" } else { "b" };
