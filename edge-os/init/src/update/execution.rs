@@ -14,7 +14,7 @@ use crate::manifest::{self, Manifest};
 use crate::modules::Modules;
 use crate::verity::{BLOCK, Corruption, Verity, hex};
 use crate::{disk, mapper};
-use sha2::{Digest, Sha256};
+use ring::digest::{Context, SHA256};
 use std::io;
 use std::sync::Arc;
 
@@ -147,13 +147,13 @@ impl Engine {
             if self.kernel.file_len(&path).map_err(system("read the update"))? != part.bytes {
                 return Err(Refusal::Part(name));
             }
-            let mut hash = Sha256::new();
+            let mut hash = Context::new(&SHA256);
             self.pieces(&path, part.bytes, |at, piece| {
                 hash.update(piece);
                 progress.at("checking", at, part.bytes);
                 Ok(())
             })?;
-            if hex(&hash.finalize()) != part.sha256 {
+            if hex(hash.finish().as_ref()) != part.sha256 {
                 return Err(Refusal::Part(name));
             }
         }
@@ -237,7 +237,8 @@ impl Engine {
                 let path = format!("{folder}/{name}");
                 let head =
                     self.kernel.read_at(&uki, 0, HEAD_LEN).map_err(system("read the update"))?;
-                let mut hash = Sha256::new_with_prefix(head);
+                let mut hash = Context::new(&SHA256);
+                hash.update(&head);
                 let bytes = part(manifest::UKI).bytes;
                 let mut at = 0;
                 while at < bytes {
@@ -253,7 +254,7 @@ impl Engine {
                     });
                     at += piece.len() as u64;
                 }
-                match hex(&hash.finalize()) == part(manifest::UKI).sha256 {
+                match hex(hash.finish().as_ref()) == part(manifest::UKI).sha256 {
                     true => Ok(()),
                     false => Err(Refusal::ReadBack("the boot partition".into())),
                 }
