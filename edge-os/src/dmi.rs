@@ -38,6 +38,8 @@ pub const TWINS_PER_SECOND: u32 = 60_000;
 const TWINS_MAX: usize = 1000;
 /// How long a mapper's request may take here.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Devices of a mapper's registration after which memory is given back: its answer is tens of megabytes, once.
+const LARGE_REGISTRATION: usize = 50;
 /// Time between two looks at the sockets of mappers.
 pub const PROBE_INTERVAL: Duration = Duration::from_secs(10);
 /// Looks in vain after which nobody knows how a mapper's devices are.
@@ -177,10 +179,19 @@ impl DeviceManagerService for Service {
             .ask(|answer| FromMapper::Register { info, with_data, answer })
             .await?
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
-        Ok(Response::new(dmi::MapperRegisterResponse {
-            model_list: registered.models.iter().map(convert::model).collect(),
-            device_list: registered.devices.iter().map(convert::device).collect(),
-        }))
+        let is_large = registered.devices.len() > LARGE_REGISTRATION;
+        // One by one: each object goes when its message is made.
+        let models = registered.models.into_iter().map(|model| convert::model(&model));
+        let model_list = models.collect();
+        let devices = registered.devices.into_iter().map(|device| convert::device(&device));
+        let device_list = devices.collect();
+        if is_large {
+            tokio::spawn(async {
+                tokio::time::sleep(ANSWER_TIMEOUT).await;
+                crate::heap::give_back();
+            });
+        }
+        Ok(Response::new(dmi::MapperRegisterResponse { model_list, device_list }))
     }
 
     async fn report_device_status(

@@ -12,6 +12,7 @@ pub mod containerd;
 pub mod cri;
 pub mod dmi;
 pub mod enrol;
+mod heap;
 mod history;
 pub mod history_store;
 pub mod jobs;

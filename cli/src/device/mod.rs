@@ -11,10 +11,12 @@ use crate::fault::hinted;
 use crate::{Output, cluster, out, table};
 use anyhow::{Context, Result};
 use clap::Subcommand;
+use k8s_openapi::api::core::v1::Node;
 use kube::api::{Api, ApiResource, DynamicObject, ListParams, Patch, PatchParams};
 use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
 use skerry_api::fleet::v1alpha1::site_namespace;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -115,7 +117,7 @@ async fn list(client: &Client, site: Option<&str>, output: Output) -> Result<Exi
         return Err(hinted(format!("site `{site}` has no devices"), hint));
     }
     let now = jiff::Timestamp::now();
-    let rows = view::devices(&devices, &statuses);
+    let rows = view::devices(&devices, &statuses, &away(client, None).await);
     match output {
         Output::Json => out::line(json!({"devices": rows}))?,
         Output::Table => {
@@ -142,7 +144,8 @@ async fn get(client: &Client, name: &Name, output: Output) -> Result<ExitCode> {
     let (model, status) = (model_of(client, name, &device).await?, status_of(client, name).await?);
     let now = jiff::Timestamp::now();
     let rows = view::properties(&device.data, model.as_ref(), status.as_ref());
-    let about = view::device(&device, status.as_ref());
+    let node = device.data.pointer("/spec/nodeName").and_then(Value::as_str);
+    let about = view::device(&device, status.as_ref(), &away(client, node).await);
     match output {
         Output::Json => {
             let mut value = serde_json::to_value(&about)?;
@@ -150,8 +153,12 @@ async fn get(client: &Client, name: &Name, output: Output) -> Result<ExitCode> {
             out::line(value)?;
         }
         Output::Table => {
-            let DeviceRow { site, device, model, node, state, .. } = &about;
+            let DeviceRow { site, device, model, node, state, last_state, .. } = &about;
             let node = dash(node);
+            let state = match last_state {
+                Some(last) => format!("{state} (its node is away; it was {last})"),
+                None => state.clone(),
+            };
             out::line(format_args!("{site}/{device}: {state}, model {model}, node {node}\n"))?;
             let cells = rows.iter().map(|row: &PropertyRow| {
                 vec![
@@ -294,6 +301,23 @@ fn not_served(error: kube::Error, plural: &str) -> anyhow::Error {
             "CloudCore installs the definitions when it starts; is it running?",
         ),
         error => anyhow::Error::new(error).context(format!("could not list {plural}")),
+    }
+}
+
+/// The nodes that are away, of all or of one. Whoever may not read nodes sees the states as they were reported last.
+async fn away(client: &Client, only: Option<&str>) -> BTreeSet<String> {
+    let nodes: Api<Node> = Api::all(client.clone());
+    let found = match only {
+        Some(name) => nodes.get_opt(name).await.map(|node| node.into_iter().collect()),
+        None => nodes.list(&ListParams::default()).await.map(|nodes| nodes.items),
+    };
+    match found {
+        Ok(nodes) => view::away(&nodes),
+        Err(error) => {
+            tracing::debug!(%error, "nodes cannot be read");
+            eprintln!("note: nodes cannot be read, so states are as they were reported last");
+            BTreeSet::new()
+        }
     }
 }
 

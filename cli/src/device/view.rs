@@ -1,11 +1,12 @@
 //! What is shown of devices, and what may be set: pure functions over the objects of the cluster.
 
+use k8s_openapi::api::core::v1::Node;
 use kube::ResourceExt;
 use kube::api::DynamicObject;
 use serde::Serialize;
 use serde_json::{Value, json};
 use skerry_reconciler_core::DESIRED_ANNOTATION;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// One device.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -16,7 +17,11 @@ pub(crate) struct DeviceRow {
     pub(crate) model: String,
     /// Empty if it has none.
     pub(crate) node: String,
+    /// `unknown` while its node is away.
     pub(crate) state: String,
+    /// What it was when its node was last heard of, while that is away.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) last_state: Option<String>,
     /// Properties that it has.
     pub(crate) properties: usize,
     /// Properties that it has reported.
@@ -80,30 +85,55 @@ pub(crate) struct Refusal {
     pub(crate) hint: String,
 }
 
+/// The nodes that nobody has heard of for a while, by the word of the cluster: their condition `Ready` is not `True`.
+pub(crate) fn away(nodes: &[Node]) -> BTreeSet<String> {
+    let is_there = |node: &&Node| {
+        let conditions = node.status.iter().flat_map(|status| status.conditions.iter().flatten());
+        conditions.into_iter().any(|one| one.type_ == "Ready" && one.status == "True")
+    };
+    nodes.iter().filter(|node| !is_there(node)).map(ResourceExt::name_any).collect()
+}
+
 /// A row per device, sorted by site and name.
-pub(crate) fn devices(devices: &[DynamicObject], statuses: &[DynamicObject]) -> Vec<DeviceRow> {
+pub(crate) fn devices(
+    devices: &[DynamicObject],
+    statuses: &[DynamicObject],
+    away: &BTreeSet<String>,
+) -> Vec<DeviceRow> {
     let key = |object: &DynamicObject| (object.namespace().unwrap_or_default(), object.name_any());
     let statuses: BTreeMap<_, _> =
         statuses.iter().map(|status| (key(status), &status.data)).collect();
     let mut rows: Vec<_> =
-        devices.iter().map(|one| device(one, statuses.get(&key(one)).copied())).collect();
+        devices.iter().map(|one| device(one, statuses.get(&key(one)).copied(), away)).collect();
     rows.sort_by(|a, b| (&a.site, &a.device).cmp(&(&b.site, &b.device)));
     rows
 }
 
 /// One device's row.
-pub(crate) fn device(device: &DynamicObject, status: Option<&Value>) -> DeviceRow {
+pub(crate) fn device(
+    device: &DynamicObject,
+    status: Option<&Value>,
+    away: &BTreeSet<String>,
+) -> DeviceRow {
     let namespace = device.namespace().unwrap_or_default();
     let site = namespace.strip_prefix("site-").unwrap_or(&namespace).to_owned();
     let twins = twins(status);
     let last = twins.iter().filter_map(|twin| timestamp(&twin["reported"])).max();
     let state = status.and_then(|status| status.pointer("/status/state")).and_then(Value::as_str);
+    let state = state.filter(|state| !state.is_empty()).unwrap_or("unknown").to_owned();
+    let node = text(device.data.pointer("/spec/nodeName"));
+    // A node that is away cannot say that its devices are, too.
+    let (state, last_state) = match away.contains(&node) {
+        true => ("unknown".to_owned(), Some(state)),
+        false => (state, None),
+    };
     DeviceRow {
         site,
         device: device.name_any(),
         model: text(device.data.pointer("/spec/deviceModelRef/name")),
-        node: text(device.data.pointer("/spec/nodeName")),
-        state: state.filter(|state| !state.is_empty()).unwrap_or("unknown").to_owned(),
+        node,
+        state,
+        last_state,
         properties: list(device.data.pointer("/spec/properties")).len(),
         reported: twins
             .iter()
@@ -313,7 +343,8 @@ mod tests {
 
     #[test]
     fn a_device_is_shown_with_its_newest_report() {
-        let row = device(&fridge(), Some(&status()));
+        let all_there = BTreeSet::new();
+        let row = device(&fridge(), Some(&status()), &all_there);
         assert_eq!(
             (row.site.as_str(), row.state.as_str(), row.node.as_str()),
             ("lisbon", "online", "lisbon-1")
@@ -321,8 +352,24 @@ mod tests {
         assert_eq!((row.reported, row.properties), (3, 5));
         let now = jiff::Timestamp::from_millisecond(1_787_217_243_120 + 90_000).unwrap();
         assert_eq!(row.age(now), "90s");
-        let silent = device(&fridge(), None);
+        let silent = device(&fridge(), None, &all_there);
         assert_eq!((silent.state.as_str(), silent.age(now).as_str()), ("unknown", "-"));
+    }
+
+    #[test]
+    fn a_device_of_a_node_that_is_away_is_unknown_whatever_it_said_last() {
+        let node = |name: &str, ready: &str| -> Node {
+            serde_json::from_value(json!({"metadata": {"name": name},
+                "status": {"conditions": [{"type": "Ready", "status": ready}]}}))
+            .unwrap()
+        };
+        let never: Node = serde_json::from_value(json!({"metadata": {"name": "new"}})).unwrap();
+        let nodes = [node("lisbon-1", "Unknown"), node("lisbon-2", "True"), never];
+        let away = away(&nodes);
+        assert_eq!(away.iter().map(String::as_str).collect::<Vec<_>>(), ["lisbon-1", "new"]);
+        let row = device(&fridge(), Some(&status()), &away);
+        assert_eq!((row.state.as_str(), row.last_state.as_deref()), ("unknown", Some("online")));
+        assert_eq!(row.reported, 3, "what it said stays");
     }
 
     #[test]

@@ -373,6 +373,14 @@ impl Session {
         .await
     }
 
+    /// Reads until such a message about something whose name begins like this.
+    pub(crate) async fn next_of(&mut self, operation: Operation, resource: &str) -> Message {
+        self.until_match(|message| {
+            message.operation() == Some(operation) && message.route.resource.starts_with(resource)
+        })
+        .await
+    }
+
     /// Reads until the acknowledgement of `id`.
     pub(crate) async fn until_ack(&mut self, id: &str) -> Message {
         self.until_match(|message| message.header.parent_msg_id == id).await

@@ -19,18 +19,18 @@ use tonic::{Code, Request, Response, Status};
 
 /// Longest wait for a state; a test that needs it has failed.
 const PATIENCE: Duration = Duration::from_secs(30);
-const UPDATES: &str = "$hw/events/device/plant/boiler/twin/update";
-const REPORTS: &str = "device/plant/boiler/twin/edge_updated";
+pub(crate) const UPDATES: &str = "$hw/events/device/plant/boiler/twin/update";
+pub(crate) const REPORTS: &str = "device/plant/boiler/twin/edge_updated";
 
 /// A broker of its own.
-struct Mosquitto {
+pub(crate) struct Mosquitto {
     child: Option<Child>,
     config: PathBuf,
-    port: u16,
+    pub(crate) port: u16,
 }
 
 impl Mosquitto {
-    fn start(dir: &Path) -> Self {
+    pub(crate) fn start(dir: &Path) -> Self {
         let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = free.local_addr().expect("bound").port();
         drop(free);
@@ -66,7 +66,7 @@ impl Mosquitto {
     }
 
     /// Lines for the agent's configuration.
-    fn lines(&self) -> String {
+    pub(crate) fn lines(&self) -> String {
         format!("mqtt: {{server: 'tcp://127.0.0.1:{}'}}\nreportInterval: 1\n", self.port)
     }
 }
@@ -78,14 +78,14 @@ impl Drop for Mosquitto {
 }
 
 /// A program that talks to the broker.
-struct Client {
+pub(crate) struct Client {
     client: AsyncClient,
     heard: mpsc::UnboundedReceiver<(String, Value)>,
     task: JoinHandle<()>,
 }
 
 impl Client {
-    async fn connect(broker: &Mosquitto) -> Self {
+    pub(crate) async fn connect(broker: &Mosquitto) -> Self {
         let mut options = MqttOptions::new("test", "127.0.0.1", broker.port);
         options.set_max_packet_size(1 << 21, 1 << 21);
         let (client, mut events) = AsyncClient::new(options, 64);
@@ -114,7 +114,7 @@ impl Client {
         Self { client, heard, task }
     }
 
-    async fn publish(&self, topic: &str, payload: &str) {
+    pub(crate) async fn publish(&self, topic: &str, payload: &str) {
         self.client.publish(topic, QoS::AtLeastOnce, false, payload).await.expect("queued");
     }
 
@@ -144,7 +144,7 @@ impl Client {
     }
 
     /// Asks until the agent answers: it may not follow the broker yet.
-    async fn get(&mut self) -> Value {
+    pub(crate) async fn get(&mut self) -> Value {
         for number in 0..60 {
             self.publish(
                 "$hw/events/device/plant/boiler/twin/get",
@@ -168,7 +168,7 @@ impl Drop for Client {
     }
 }
 
-fn device(version: u64, desired: &str) -> Value {
+pub(crate) fn device(version: u64, desired: &str) -> Value {
     json!({"apiVersion": "devices.kubeedge.io/v1beta1", "kind": "Device",
         "metadata": {"name": "boiler", "namespace": "plant", "uid": "d", "resourceVersion": version.to_string()},
         "spec": {"nodeName": "edge1", "deviceModelRef": {"name": "m"}, "protocol": {"protocolName": "modbus"},
@@ -181,7 +181,7 @@ fn model() -> Value {
 }
 
 /// Gives the node a boiler; as a resync does, in the name of another sender than the device controller.
-async fn place(session: &mut Session, version: u64, desired: &str) {
+pub(crate) async fn place(session: &mut Session, version: u64, desired: &str) {
     for (path, object) in
         [("plant/devicemodel/m", model()), ("plant/device/boiler", device(version, desired))]
     {
@@ -202,7 +202,7 @@ async fn until_reported(session: &mut Session, name: &str, side: &str, value: &s
     }
 }
 
-async fn confirm(session: &mut Session, report: &Message) {
+pub(crate) async fn confirm(session: &mut Session, report: &Message) {
     let mut ok = report.response(1, "OK");
     ok.route.source = "devicecontroller".into();
     ok.route.group = "twin".into();
@@ -210,7 +210,7 @@ async fn confirm(session: &mut Session, report: &Message) {
     session.send(&ok).await;
 }
 
-fn actual(value: &str) -> String {
+pub(crate) fn actual(value: &str) -> String {
     json!({"event_id": "e", "twin": {"t": {"actual": {"value": value}}}}).to_string()
 }
 
@@ -453,7 +453,7 @@ fn registration(socket: &Path, protocol: &str, with_data: bool) -> dmi::MapperRe
     dmi::MapperRegisterRequest { with_data, mapper: Some(mapper) }
 }
 
-fn twin_report(device: &str, value: &str) -> dmi::ReportDeviceStatusRequest {
+pub(crate) fn twin_report(device: &str, value: &str) -> dmi::ReportDeviceStatusRequest {
     let side = |value: &str| Some(dmi::TwinProperty { value: value.into(), ..Default::default() });
     let twin = |name: &str, observed| dmi::Twin {
         property_name: name.into(),

@@ -4,6 +4,7 @@
 
 mod cloud;
 mod devices;
+mod flood;
 mod jobs;
 mod owed;
 mod transports;
