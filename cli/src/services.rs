@@ -41,10 +41,13 @@ pub(crate) struct CloudCoreArgs {
     /// Where links (/links) and counters (/metrics) are served, without authentication, or `off`
     #[arg(long, default_value = "127.0.0.1:9091")]
     monitor_listen: Listen,
-    /// Where the router takes HTTP for rules that join applications to the buses of nodes (KubeEdge's port is 9443); no
-    /// TLS and no authentication, as KubeEdge's
+    /// Where the router takes HTTPS for rules that join applications to the buses of nodes (KubeEdge's port is 9443), from
+    /// whoever has a bearer token of the cluster and may create `rules/messages` of rules.kubeedge.io
     #[arg(long, default_value = "off")]
     router_listen: Listen,
+    /// The router takes HTTP from everybody, without TLS and authentication, as KubeEdge's
+    #[arg(long)]
+    router_open: bool,
     /// How many nodes may connect a second before more are told to come back later; twice as many at once
     #[arg(long, default_value_t = skerry_cloudcore::ADMISSION_RATE.per_s, value_parser = clap::value_parser!(u32).range(1..))]
     connections_per_second: u32,
@@ -131,7 +134,10 @@ pub(crate) async fn cloudcore(
         os_store: args.os_store,
         node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
         shared_token: args.kubeedge_shared_token,
-        router: args.router_listen.0,
+        router: args
+            .router_listen
+            .0
+            .map(|listen| skerry_cloudcore::RouterConfig { listen, open: args.router_open }),
         impersonate: false,
     };
     let cloud = CloudCore::start(client, config).await?;

@@ -11,7 +11,7 @@ use crate::{Output, out, seed};
 use anyhow::{Context, Result};
 use serde_json::json;
 use skerry_apiserver::{ApiServer, Durability, NodeStream, NodeStreamError, NodeStreams};
-use skerry_cloudcore::{CloudCore, StreamError};
+use skerry_cloudcore::{CloudCore, RouterConfig, StreamError};
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -67,10 +67,13 @@ pub(crate) struct Args {
     /// Where links (/links) and counters (/metrics) are served, without authentication, or `off`
     #[arg(long, default_value = "127.0.0.1:9091")]
     monitor_listen: Listen,
-    /// Where the router takes HTTP for rules that join applications to the buses of nodes (KubeEdge's port is 9443); no
-    /// TLS and no authentication, as KubeEdge's
+    /// Where the router takes HTTPS for rules that join applications to the buses of nodes (KubeEdge's port is 9443), from
+    /// whoever has a bearer token of the cluster and may create `rules/messages` of rules.kubeedge.io
     #[arg(long, default_value = "off")]
     router_listen: Listen,
+    /// The router takes HTTP from everybody, without TLS and authentication, as KubeEdge's
+    #[arg(long)]
+    router_open: bool,
     /// What the nodes dial instead of the addresses above: HUB,ENROL,TUNNEL or HUB,ENROL,TUNNEL,QUIC; without QUIC they
     /// use the hub's WebSocket only
     #[arg(long, value_delimiter = ',')]
@@ -198,7 +201,10 @@ impl Stack {
                 os_store: Some(args.os_store.clone().unwrap_or_else(|| dir.join("os"))),
                 node_certificate_ttl: skerry_cloudcore::NODE_CERTIFICATE_TTL,
                 shared_token: args.kubeedge_shared_token,
-                router: args.router_listen.0.map(free),
+                router: args
+                    .router_listen
+                    .0
+                    .map(|address| RouterConfig { listen: free(address), open: args.router_open }),
                 impersonate: false,
             },
         )

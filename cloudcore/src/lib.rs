@@ -66,6 +66,16 @@ use tokio::sync::watch as tokio_watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+/// Where the router takes HTTP, and from whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RouterConfig {
+    /// KubeEdge's is port 9443.
+    pub listen: SocketAddr,
+    /// From everybody who can reach it, without TLS, as KubeEdge's. Else with TLS, and from those whom the cluster lets
+    /// create `rules/messages` of `rules.kubeedge.io`, by their bearer tokens.
+    pub open: bool,
+}
+
 /// Where CloudCore listens, and the names under which nodes reach it.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -81,9 +91,8 @@ pub struct Config {
     /// Plain HTTP for the operator, without authentication: links as JSON and counters as Prometheus text. KubeEdge's is
     /// 127.0.0.1:9091; `None` for none.
     pub monitor: Option<SocketAddr>,
-    /// HTTP of the router for rules that join applications to the buses of nodes, without TLS and authentication.
-    /// KubeEdge's is port 9443; `None` for no router.
-    pub router: Option<SocketAddr>,
+    /// HTTP of the router for rules that join applications to the buses of nodes; `None` for no router.
+    pub router: Option<RouterConfig>,
     /// How many links may come up a second, [`ADMISSION_RATE`] by default; more are told when to come back.
     pub admission: Rate,
     /// DNS names and addresses in the server certificate. A node refuses a server that it did not reach under one.
@@ -188,7 +197,14 @@ impl CloudCore {
         let (tunnel_listener, tunnel_addr) = bind("tunnel", config.tunnel)?;
         let monitor_listener =
             config.monitor.map(|address| bind("monitor", address)).transpose()?;
-        let router_listener = config.router.map(|address| bind("router", address)).transpose()?;
+        let router_listener =
+            config.router.map(|router| bind("router", router.listen)).transpose()?;
+        let router_tls = match config.router {
+            Some(RouterConfig { open: false, .. }) => {
+                Some(tls("router", tls::Clients::VerifiedLater, tls::ALPN_WEBSOCKET)?)
+            }
+            _ => None,
+        };
         let quic_listener = config.quic.map(|address| bind_quic(address, quic_tls)).transpose()?;
 
         let stop = CancellationToken::new();
@@ -223,7 +239,7 @@ impl CloudCore {
         };
         let router_addr = router_listener.as_ref().map(|(_, address)| *address);
         let router = router_listener.map(|(socket, _)| {
-            router::Router::spawn(client.clone(), hub.clone(), socket, &tasks, &stop)
+            router::Router::spawn(client.clone(), hub.clone(), socket, router_tls, &tasks, &stop)
         });
         let upstream = Arc::new(
             upstream::Upstream::new(

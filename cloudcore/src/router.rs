@@ -4,10 +4,12 @@
 //! there, calls HTTP for rules that end there, and counts in the status of the rules. Nodes are told what to follow
 //! when rules change and when they connect, which KubeEdge does only when it starts.
 //!
-//! As KubeEdge's, the HTTP side has neither TLS nor authentication, so it is off until an operator gives it an address.
-//! Calls of a cloud that is not asked for TLS end at `http://`; others are refused.
+//! Clients speak TLS with the hub's certificate and are known to the cluster ([`access`]), unless the operator wants it open
+//! as KubeEdge's is, with neither. Calls that end here go to `http://`; others are refused.
 //!
 //! Source: kubeedge/kubeedge, cloud/pkg/router.
+
+mod access;
 
 use crate::api;
 use crate::definitions::{self, Kinds};
@@ -15,6 +17,7 @@ use crate::hub::Hub;
 use crate::upstream::answer::now_ms;
 use crate::upstream::rest::{self, Merge, Rest};
 use crate::watch::is_over;
+use access::Access;
 use bytes::Bytes;
 use futures::StreamExt;
 use http::{Request, Response, StatusCode, Uri};
@@ -32,8 +35,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, Semaphore, oneshot};
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -48,6 +53,8 @@ const CONNECTIONS_MAX: usize = 256;
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a client may take for its request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a client may take for the TLS handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time between two writes of one rule's counters.
 const COUNT_INTERVAL: Duration = Duration::from_secs(1);
 /// Pause after something that the API did not answer.
@@ -71,6 +78,8 @@ struct Inner {
     counts: Mutex<BTreeMap<Id, Count>>,
     counted: Notify,
     outgoing: Semaphore,
+    /// Who may send; everybody without it.
+    access: Option<Access>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -89,10 +98,13 @@ impl Router {
         client: kube::Client,
         hub: Hub,
         listener: TcpListener,
+        tls: Option<Arc<rustls::ServerConfig>>,
         tasks: &TaskTracker,
         stop: &CancellationToken,
     ) -> Self {
         let router = Self(Arc::new(Inner {
+            // TLS and authentication come together: a token is not to be read on the way.
+            access: tls.is_some().then(|| Access::new(client.clone())),
             client,
             hub,
             rules: Mutex::default(),
@@ -116,7 +128,7 @@ impl Router {
         let kinds = router.clone();
         running(Box::pin(async move { definitions::follow(&kinds).await }));
         running(Box::pin(router.clone().write_counts()));
-        running(Box::pin(router.clone().serve(listener)));
+        running(Box::pin(router.clone().serve(listener, tls)));
         router
     }
 
@@ -360,7 +372,8 @@ impl Router {
 
 /// Serving HTTP.
 impl Router {
-    async fn serve(self, listener: TcpListener) {
+    async fn serve(self, listener: TcpListener, tls: Option<Arc<rustls::ServerConfig>>) {
+        let tls = tls.map(TlsAcceptor::from);
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         loop {
             let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
@@ -372,23 +385,37 @@ impl Router {
                     continue;
                 }
             };
-            let (router, stop) = (self.clone(), self.0.stop.clone());
+            let (router, tls, stop) = (self.clone(), tls.clone(), self.0.stop.clone());
             self.0.tasks.spawn(async move {
                 let _place = place;
-                let service = hyper::service::service_fn(move |request| {
-                    let router = router.clone();
-                    async move { Ok::<_, Infallible>(router.take(request).await) }
-                });
-                let mut server = hyper::server::conn::http1::Builder::new();
-                server.timer(hyper_util::rt::TokioTimer::new());
-                server.header_read_timeout(REQUEST_TIMEOUT);
-                let connection = server.serve_connection(TokioIo::new(stream), service);
+                let connection = async {
+                    let Some(tls) = tls else { return router.serve_one(stream).await };
+                    match tokio::time::timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await {
+                        Ok(Ok(stream)) => router.serve_one(stream).await,
+                        Ok(Err(error)) => {
+                            tracing::debug!(%error, "TLS handshake with the router failed");
+                        }
+                        Err(_) => tracing::debug!("TLS handshake with the router took too long"),
+                    }
+                };
                 tokio::select! {
                     () = stop.cancelled() => {}
-                    _ = connection => {}
+                    () = connection => {}
                 }
             });
         }
+    }
+
+    async fn serve_one(&self, stream: impl AsyncRead + AsyncWrite + Unpin) {
+        let service = hyper::service::service_fn(|request| {
+            let router = self.clone();
+            async move { Ok::<_, Infallible>(router.take(request).await) }
+        });
+        let mut server = hyper::server::conn::http1::Builder::new();
+        server.timer(hyper_util::rt::TokioTimer::new());
+        server.header_read_timeout(REQUEST_TIMEOUT);
+        // Whatever ends a connection ends only that.
+        let _ = server.serve_connection(TokioIo::new(stream), service).await;
     }
 
     async fn take(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
@@ -397,7 +424,19 @@ impl Router {
         else {
             return said(StatusCode::NOT_FOUND, "no rule takes this path");
         };
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
+        if let Some(access) = &self.0.access {
+            if let Err(denied) = access.check(&parts.headers, &routed.rule).await {
+                let mut answer = said(denied.status(), &denied.to_string());
+                if denied.status() == StatusCode::UNAUTHORIZED {
+                    let bearer = http::HeaderValue::from_static("Bearer");
+                    answer.headers_mut().insert(http::header::WWW_AUTHENTICATE, bearer);
+                }
+                return answer;
+            }
+            // It was for us; no application at a node gets a token of the cluster.
+            parts.headers.remove(http::header::AUTHORIZATION);
+        }
         let reading = Limited::new(body, BODY_LEN_MAX).collect();
         let body = match tokio::time::timeout(REQUEST_TIMEOUT, reading).await {
             Ok(Ok(body)) => body.to_bytes(),

@@ -6,13 +6,14 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
+use skerry_cloudcore::RouterConfig;
 use skerry_protocol::bus::{Call, CallResult};
 use skerry_protocol::capability::Capabilities;
 use skerry_protocol::job::TaskRequest;
 use skerry_protocol::{Message, Operation};
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use support::{ANY, Cluster, Link};
+use support::{ANY, Cluster, Identity, Link};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
@@ -254,7 +255,10 @@ async fn sink() -> (SocketAddr, mpsc::Receiver<(String, String, String)>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rules_join_http_in_the_cloud_to_the_buses_of_a_node() {
-    let cluster = Cluster::start_with(|config| config.router = Some(ANY.into())).await;
+    let cluster = Cluster::start_with(|config| {
+        config.router = Some(RouterConfig { listen: ANY.into(), open: true })
+    })
+    .await;
     let address = cluster.cloud.router_addr().expect("the router is on");
     let mut link = ready(&cluster, "edge1", "v1.32.10-kubeedge-v1.23.0", false).await;
     let (server, mut received) = sink().await;
@@ -370,5 +374,81 @@ async fn rules_join_http_in_the_cloud_to_the_buses_of_a_node() {
         (message.route.operation.as_str(), message.route.resource.as_str()),
         ("start", "http://cloud/a")
     );
+    cluster.stop().await;
+}
+
+/// One request over TLS, with a token or without, until a rule takes it.
+async fn ask_tls(
+    cluster: &Cluster,
+    address: SocketAddr,
+    token: Option<&str>,
+    path: &str,
+) -> (u16, String) {
+    loop {
+        let stream = Identity::new("nobody").tls(cluster.ca().await, address).await.expect("TLS");
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.expect("HTTP");
+        tokio::spawn(connection);
+        let mut request = http::Request::put(path).header("host", "router").header("x-own", "1");
+        if let Some(token) = token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let request = request.body(Full::<Bytes>::from("{}")).expect("a request");
+        let response = sender.send_request(request).await.expect("an answer");
+        let status = response.status().as_u16();
+        assert_eq!(status == 401, response.headers().contains_key("www-authenticate"));
+        let body = response.into_body().collect().await.expect("a body").to_bytes();
+        let text = String::from_utf8(body.to_vec()).expect("a text");
+        if status == 404 && text.contains("no rule") {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            continue;
+        }
+        return (status, text);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn router_takes_requests_over_tls_from_those_whom_the_cluster_lets_and_keeps_their_tokens() {
+    let router = RouterConfig { listen: ANY.into(), open: false };
+    let cluster = Cluster::start_with(|config| config.router = Some(router)).await;
+    let address = cluster.cloud.router_addr().expect("the router is on");
+    let mut link = ready(&cluster, "edge1", "v1.32.10-kubeedge-v1.23.0", false).await;
+    create_rule(
+        &cluster,
+        "call",
+        ("rest", "", json!({"path": "/door"})),
+        ("servicebus", "8080", json!({"path": "/open"})),
+    )
+    .await;
+    let path = "/edge1/default/door";
+    let token = |user: &str, group: &str| cluster.api.token(user, &[group]).expect("a token");
+    let (ann, bob) = (token("ann", "system:masters"), token("bob", "skerry:viewer"));
+
+    assert_eq!(ask_tls(&cluster, address, None, path).await.0, 401);
+    assert_eq!(ask_tls(&cluster, address, Some("invented"), path).await.0, 401);
+    let (status, text) = ask_tls(&cluster, address, Some(&bob), path).await;
+    assert_eq!(status, 403);
+    assert_eq!(text, "`bob` may not create `rules/messages` named `call` in namespace `default`");
+    let plain = TcpStream::connect(address).await.expect("it listens");
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(plain)).await.expect("no bytes yet");
+    tokio::spawn(connection);
+    let request = http::Request::get(path).header("host", "router");
+    let request = request.body(Full::<Bytes>::default()).expect("a request");
+    assert!(sender.send_request(request).await.is_err(), "nothing is taken without TLS");
+
+    let asked = ask_tls(&cluster, address, Some(&ann), path);
+    let answering = async {
+        let message = next_of(&mut link, "user").await;
+        let call: Call = message.content_as().expect("a call");
+        let result =
+            CallResult { status_code: 200, body: b"open".to_vec(), ..CallResult::default() };
+        link.write(&skerry_protocol::bus::result(5, &message, &result)).await;
+        call
+    };
+    let (answer, call) = tokio::join!(asked, answering);
+    assert_eq!(answer, (200, "open".into()));
+    assert!(call.header.contains_key("x-own"), "{:?}", call.header);
+    assert!(!call.header.contains_key("authorization"), "a node gets no token of the cluster");
     cluster.stop().await;
 }

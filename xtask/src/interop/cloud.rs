@@ -64,7 +64,7 @@ impl Cloud {
         let dir = plan.dir.join("up");
         let mut command = Command::new(&plan.skerry);
         command.args(["up", "--node", "none", "--output", "json"]).arg("--dir").arg(&dir);
-        command.args(["--router-listen", "127.0.0.1:9443"]);
+        command.args(["--router-listen", "127.0.0.1:9443", "--router-open"]);
         command.arg("--template").arg(sh::root().join("fleet-repo-template"));
         command.env("SKERRY_LOG", "info");
         let mut part = Part::start("skerry-up", &plan.dir, command)?;
