@@ -13,7 +13,7 @@ use std::path::Path;
 
 /// Bytes of a sector, of the disk and of the log.
 pub const SECTOR: u64 = 512;
-const MAGIC: u64 = 0x6a73_6677_7368_72;
+const MAGIC: u64 = 0x006a_7366_7773_6872;
 const FLUSH: u64 = 1;
 const FUA: u64 = 2;
 const DISCARD: u64 = 4;

@@ -45,6 +45,7 @@ scenarios! {
     corrupted_root,
     bad_version,
     update_usb,
+    update_by_push,
     update_panics,
     update_power_cut,
     foreign_state,

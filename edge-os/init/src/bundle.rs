@@ -218,7 +218,7 @@ pub fn read<E: From<BundleError>>(
             match archive.piece(&mut buffer)? {
                 [] => break,
                 piece => {
-                    hash.update(&*piece);
+                    hash.update(piece);
                     sink(&part.name, piece)?;
                 }
             }
