@@ -64,7 +64,8 @@ fn play(stage: &mut Stage<'_>, fleet: &Fleet) -> Result<()> {
 
     let mut machine = boots(stage, &plan, &new.version, "b")?;
     let proved = Want::Saying("update", &["has proved itself"]);
-    stage.expect(&machine, "the new version proves itself", proved, READY)?;
+    let proved = stage.expect(&machine, "the new version proves itself", proved, READY)?;
+    stage.figure("trial_cpu_s", proved.cpu_s, "CPU s");
     stage.ask("the hub knows that the node runs it", || running(hub, &new.version))?;
     stage.ask("the app runs", || app_is_ready(hub))?;
 
@@ -76,7 +77,8 @@ fn play(stage: &mut Stage<'_>, fleet: &Fleet) -> Result<()> {
     fleet.push("back to the version before")?;
     stage.ask("the machine restarts by itself", || machine.wait().map(drop))?;
     let mut machine = boots(stage, &plan, &old, "a")?;
-    stage.expect(&machine, "the node is back at its hub", Want::Word("ready"), READY)?;
+    let back = stage.expect(&machine, "the node is back at its hub", Want::Word("ready"), READY)?;
+    stage.figure("rollback_cpu_s", back.cpu_s, "CPU s");
     stage.ask("the hub knows that the old version runs", || running(hub, &old))?;
     stage.ask("the power button switches it off", || machine.power_off(SHUTDOWN))
 }

@@ -27,8 +27,10 @@ pub(crate) fn run(name: &str, profile: &str, more: &[String]) -> Result<()> {
         "devices" => of_skerry_bench("devices", profile, more),
         "image" => crate::bench_image::run(profile, more),
         "qualify" => qualify(profile, more),
+        "updates" if more.is_empty() => crate::bench_updates::run(profile),
+        "updates" => bail!("bench `updates` takes no further arguments"),
         other => bail!(
-            "no bench `{other}`\nhint: there are `up`, `link`, `devices`, `image` and `qualify`"
+            "no bench `{other}`\nhint: there are `up`, `link`, `devices`, `image`, `qualify` and `updates`"
         ),
     }
 }

@@ -46,6 +46,11 @@ impl<'a> Recipe<'a> {
         Self { release_key: Some(release_key), ..self }
     }
 
+    /// The same, with further arguments of the builder.
+    pub(crate) fn with(self, more: &'a [String]) -> Self {
+        Self { more, ..self }
+    }
+
     /// The same, signed for Secure Boot with the keys of a folder.
     pub(crate) fn signed(profile: &'a str, keys: &'a Path) -> Self {
         Self { keys: Some(keys), ..Self::new(profile) }

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 mod bench;
 mod bench_image;
+mod bench_updates;
 mod build;
 mod conformance;
 mod facts;

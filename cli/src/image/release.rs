@@ -9,6 +9,8 @@ use skerry_image::publish::{self, By, Outcome, PublishError, Release};
 use skerry_image::sign::{self, ReleaseKey, ReleaseKeyError};
 use skerry_image::trust::{Key, KeySet, Statement};
 use skerry_init::verity::hex;
+use skerry_qualify::judge::Verdict;
+use skerry_qualify::report;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -29,6 +31,14 @@ pub(crate) struct PublishArgs {
     /// Name of the OsRelease that is printed
     #[arg(long, default_value = "stable")]
     channel: String,
+    /// What `skerry qualify --output json` says of this version's kernel (a booted appliance, or `--config`): it goes into
+    /// the OsRelease, and a site whose network the kernel does not carry does not get the version
+    #[arg(long, value_name = "FILE")]
+    kernel_report: Option<PathBuf>,
+    /// A statement of `skerry image trust`, with its signature beside it; it goes into the OsRelease, and so to the
+    /// appliances
+    #[arg(long, value_name = "FILE")]
+    trust_statement: Option<PathBuf>,
 }
 
 #[derive(clap::Args)]
@@ -102,8 +112,25 @@ pub(super) fn publish(args: &PublishArgs, output: Output) -> Result<ExitCode> {
         (None, false) => By::Keys(&keys),
         (None, true) => By::Somebody,
     };
+    let report = args.kernel_report.as_deref().map(kernel_report).transpose()?;
+    let statement = args.trust_statement.as_deref().map(trust_lines).transpose()?;
     let (release, outcome) = publish::publish(&args.bundle, &args.store, by).map_err(bad)?;
-    let yaml = publish::os_release(&release, &args.channel);
+    let mut yaml = publish::os_release(&release, &args.channel);
+    if let Some((kernel, lines)) = report {
+        let manifest = &release.manifest;
+        if kernel != manifest.kernel {
+            let what = format!(
+                "the report is about kernel `{kernel}`, the version has `{}`",
+                manifest.kernel
+            );
+            return Err(hinted(
+                what,
+                "judge the version's own kernel; the store has the version already",
+            ));
+        }
+        yaml += &lines;
+    }
+    yaml += &statement.unwrap_or_default();
     if output == Output::Json {
         out::line(json!({
             "version": release.manifest.version,
@@ -127,6 +154,37 @@ pub(super) fn publish(args: &PublishArgs, output: Output) -> Result<ExitCode> {
     eprintln!("the OsRelease that offers it:");
     out::text(&yaml)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The kernel that a report is about, and its verdicts as lines of an OsRelease.
+fn kernel_report(file: &Path) -> Result<(String, String)> {
+    let text =
+        std::fs::read(file).with_context(|| format!("could not read `{}`", file.display()))?;
+    let report: report::File = serde_json::from_slice(&text).map_err(|error| {
+        let what = format!("`{}` is no report: {error}", file.display());
+        hinted(what, "`skerry qualify --output json` writes one")
+    })?;
+    let mut lines = String::from("  kernel:\n");
+    for judgement in &report.report.profiles {
+        if judgement.verdict != Verdict::Unknown {
+            lines += &format!("    {}: {}\n", judgement.profile, judgement.verdict.words());
+        }
+    }
+    Ok((report.report.subject.kernel, lines))
+}
+
+/// A key statement and its signature as lines of an OsRelease. JSON texts are texts of YAML.
+fn trust_lines(file: &Path) -> Result<String> {
+    let beside = PathBuf::from(format!("{}.sig", file.display()));
+    let read = |path: &Path| {
+        std::fs::read(path).with_context(|| format!("could not read `{}`", path.display()))
+    };
+    let (text, signature) = (read(file)?, read(&beside)?);
+    let bad =
+        |error: String| hinted(error, "`skerry image trust` makes a statement and its signature");
+    Statement::parse(&text).map_err(|error| bad(error.to_string()))?;
+    let text = String::from_utf8(text).map_err(|error| bad(error.to_string()))?;
+    Ok(format!("  trust:\n    statement: {}\n    signature: {}\n", json!(text), hex(&signature)))
 }
 
 fn words(release: &Release, outcome: Outcome) -> String {
@@ -262,6 +320,17 @@ mod tests {
         let new = sign::public_key(&at("new.pub")).unwrap();
         assert_eq!(after, KeySet { counter: 2, keys: vec![new] });
         assert!(key_set(1, None, &[]).unwrap().is_none());
+        // As lines of an OsRelease it is the same, byte for byte.
+        let lines = trust_lines(&at("release-keys.json")).unwrap();
+        let spec = format!(
+            "version: a\ncounter: 1\ndigest: sha256:{}\n{}",
+            "0".repeat(64),
+            lines.replace("\n  ", "\n").trim_start()
+        );
+        let spec: skerry_api::fleet::os::OsReleaseSpec = serde_saphyr::from_str(&spec).unwrap();
+        let told = spec.trust.unwrap();
+        assert_eq!(told.statement.as_bytes(), text);
+        assert_eq!(skerry_init::verity::unhex(&told.signature), Some(signature));
         let error = key_set(1, None, &[at("old")]).unwrap_err();
         assert!(format!("{error:#}").contains("old"), "{error:#}");
     }
@@ -274,6 +343,8 @@ mod tests {
             release_key: None,
             trust_keys: Vec::new(),
             channel: "Stable!".into(),
+            kernel_report: None,
+            trust_statement: None,
         };
         let error = publish(&args, Output::Table).unwrap_err();
         assert!(error.to_string().contains("`Stable!`"), "{error}");
