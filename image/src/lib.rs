@@ -22,6 +22,7 @@
 
 pub mod build;
 pub mod cpio;
+mod crates;
 pub mod deb;
 pub mod disk;
 pub mod elf;

@@ -1,9 +1,10 @@
-//! The list of everything in an image as SPDX 2.3 JSON: packages with versions and digests, files with their origin.
+//! The list of everything in an image as SPDX 2.3 JSON: packages with versions and digests, the crates of our own programs, files
+//! with their origin.
 //!
 //! Called after [`crate::root::plan`]. The document says what was put in, not under which licences: those are
 //! `NOASSERTION`, because nobody has read them for us. The same plan gives the same document.
 //!
-//! Source: spdx/spdx-spec, v2.3, chapters 6 to 11; package-url/purl-spec, type `deb`.
+//! Source: spdx/spdx-spec, v2.3, chapters 6 to 11; package-url/purl-spec, types `deb` and `cargo`.
 
 use std::io;
 
@@ -11,6 +12,7 @@ use serde_json::{Value, json};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
+use crate::crates::{self, Crate};
 use crate::packages::Locked;
 use crate::root::{Plan, Request};
 use crate::tree::{Node, hex};
@@ -54,6 +56,11 @@ pub fn document(plan: &Plan, request: &Request) -> io::Result<String> {
             "licenseDeclared": "NOASSERTION",
             "copyrightText": "NOASSERTION",
         }));
+    }
+    for found in crates::of_programs() {
+        let id = format!("SPDXRef-crate-{}-{}", word(&found.name), word(&found.version));
+        relationships.push(relation("SPDXRef-image", "DEPENDS_ON", &id));
+        packages.push(crate_package(&id, &found));
     }
     let mut files = Vec::new();
     for (path, entry) in plan.root.iter() {
@@ -114,6 +121,27 @@ fn package(locked: &Locked) -> Value {
         "downloadLocation": "NOASSERTION",
         "filesAnalyzed": false,
         "checksums": [{"algorithm": "SHA256", "checksumValue": locked.sha256}],
+        "licenseConcluded": "NOASSERTION",
+        "licenseDeclared": "NOASSERTION",
+        "copyrightText": "NOASSERTION",
+        "externalRefs": [{
+            "referenceCategory": "PACKAGE-MANAGER",
+            "referenceType": "purl",
+            "referenceLocator": purl,
+        }],
+    })
+}
+
+fn crate_package(id: &str, found: &Crate) -> Value {
+    let purl = format!("pkg:cargo/{}@{}", encoded(&found.name), encoded(&found.version));
+    json!({
+        "SPDXID": id,
+        "name": found.name,
+        "versionInfo": found.version,
+        "primaryPackagePurpose": "LIBRARY",
+        "downloadLocation": "NOASSERTION",
+        "filesAnalyzed": false,
+        "checksums": [{"algorithm": "SHA256", "checksumValue": found.sha256}],
         "licenseConcluded": "NOASSERTION",
         "licenseDeclared": "NOASSERTION",
         "copyrightText": "NOASSERTION",
