@@ -190,8 +190,11 @@ mod tests {
         // 9.6 s between reports, for 16 minutes.
         for number in 0..100_u32 {
             let now = start + Duration::from_millis(9_600) * number;
-            if let Some(at) = due.take().filter(|at| *at <= now) {
+            if let Some(at) = due
+                && at <= now
+            {
                 assert!(matches!(reports.due(at, "a/d"), Some(Ok(_))));
+                due = None;
                 reports.written("a/d", true);
                 writes += 1;
             }
