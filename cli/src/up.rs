@@ -274,7 +274,11 @@ impl Stack {
                 Some(skerry_cloudcore::create_token(&client, name, ttl).await?.to_string())
             };
             if let Some(ports) = self.ports.take() {
-                self.demo = Some(Demo::start(node.dir(), ports).await?);
+                match Demo::start(node.dir(), ports).await {
+                    Ok(demo) => self.demo = Some(demo),
+                    // A fleet without devices is a fleet.
+                    Err(error) => eprintln!("skerry: no devices run here: {error:#}"),
+                }
             }
             let devices = self.demo.as_ref().filter(|demo| demo.is_of(node.dir()));
             let run = node.run_agent(edgecore, &endpoints, token, devices.map(Demo::side));
