@@ -231,7 +231,10 @@ impl Plan {
             }
             // QEMU's own loader of kernels has index 0.
             let boot = index + 1;
-            let device = format!("virtio-blk-pci,drive=disk{index},id=vd{index},bootindex={boot}");
+            // Merged requests have as many pieces as QEMU takes, and the filter of the log adds two of its own.
+            let merge = if disk.log.is_some() { ",request-merging=off" } else { "" };
+            let device =
+                format!("virtio-blk-pci,drive=disk{index},id=vd{index},bootindex={boot}{merge}");
             put(&["-device", &device]);
         }
         for (index, stick) in self.sticks.iter().enumerate() {
