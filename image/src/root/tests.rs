@@ -283,6 +283,17 @@ fn a_plan_has_programs_with_their_libraries_and_nothing_else_of_the_packages() {
 }
 
 #[test]
+fn root_has_the_keys_that_it_trusts_and_none_by_itself() {
+    let mut world = World::new();
+    let path = "usr/share/skerry/release-keys.json";
+    assert!(world.plan().root.get(path).is_none());
+    let set = crate::trust::KeySet { counter: 7, keys: vec![[3; 32], [4; 32]] };
+    world.request.trust = Some(set.clone());
+    let read = crate::trust::KeySet::parse(&bytes(&world.plan().root, path)).unwrap();
+    assert_eq!(read, set);
+}
+
+#[test]
 fn the_initramfs_has_its_modules_unpacked_and_the_root_has_them_too() {
     let world = World::new();
     let plan = world.plan();
