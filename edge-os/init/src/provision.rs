@@ -211,6 +211,11 @@ pub fn decide(
 
 fn same_without_token(one: &Found, other: &Found) -> bool {
     let (Ok(one), Ok(other)) = (&one.site, &other.site) else { return false };
+    differ_by_token(one, other)
+}
+
+/// Whether two sites are the same but for the token, which is gone once it was used.
+pub fn differ_by_token(one: &Site, other: &Site) -> bool {
     let bare =
         |site: &Site| Site { hub: site::Hub { token: None, ..site.hub.clone() }, ..site.clone() };
     bare(one) == bare(other)

@@ -1145,6 +1145,7 @@ impl Owner {
             None if !matches!(decision, Decision::None) => self.console().solved("site"),
             None => {}
         }
+        let kept = matches!(decision, Decision::Kept(_));
         let (found, source) = match decision {
             Decision::None => return,
             Decision::Kept(found) => (found, medium.unwrap_or(Source::Stored)),
@@ -1160,7 +1161,10 @@ impl Owner {
         };
         let hash = found.hash();
         let Ok(site) = found.site else { return };
-        if self.site.as_ref() == Some(&site) {
+        // The copy has lost its token meanwhile; that is no reason to start the agent again.
+        let same =
+            |known: &Site| *known == site || (kept && provision::differ_by_token(known, &site));
+        if self.site.as_ref().is_some_and(same) {
             return;
         }
         let machine = provision::machine(kernel, &self.machine.machine_id);
@@ -1786,5 +1790,12 @@ mod tests {
         assert!(machine.text(provision::RUN_TOKEN).is_none());
         assert!(!machine.text(provision::STORED).expect("kept").contains(&token));
         assert!(machine.has_said("site", "token is destroyed"));
+        // A stick that comes later is a reason to look again, and the copy without its token is the same site.
+        settle(&mut owner);
+        machine.clear_log();
+        owner.look_for_site();
+        settle(&mut owner);
+        assert!(machine.log_of("kill").is_empty() && machine.log_of("start").is_empty());
+        assert_eq!(machine.said().iter().filter(|line| line.contains("node edge-1")).count(), 1);
     }
 }
