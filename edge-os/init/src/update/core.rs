@@ -100,6 +100,8 @@ pub struct Trial {
     pub boot_id: String,
     /// Why it is given up, once it is.
     pub reason: Option<String>,
+    /// Going back was ordered, of a version that was good: it may come again.
+    pub ordered: bool,
 }
 
 /// Where an update stands at the start of the machine.

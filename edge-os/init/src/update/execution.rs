@@ -339,6 +339,7 @@ impl Engine {
                     digest: trial.digest.clone(),
                     reason: reason.into(),
                     time: kernel.wall(),
+                    ordered: trial.ordered,
                 };
                 records::mark_bad(kernel, bad).map_err(system("remember the version"))
             }

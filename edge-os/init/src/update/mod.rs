@@ -381,7 +381,10 @@ impl Updates {
             return Err(Refusal::Digest);
         }
         let manifest = Manifest::parse(&text).map_err(Refusal::Manifest)?;
-        fits(&manifest, digest, &self.engine.known())?;
+        // Who has ordered to go back may order to go on; a stick that was left in may not.
+        let mut known = self.engine.known();
+        known.bad.retain(|bad| !bad.ordered);
+        fits(&manifest, digest, &known)?;
         let trial = Trial {
             version: manifest.version.clone(),
             from: self.engine.version.clone(),
@@ -509,6 +512,7 @@ impl Updates {
                 version: version.clone(),
                 from: other.clone(),
                 boot_id: self.engine.boot_id.clone(),
+                ordered: true,
                 ..Trial::default()
             },
         };

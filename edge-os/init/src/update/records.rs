@@ -37,6 +37,8 @@ pub struct Bad {
     pub reason: String,
     /// When, Unix seconds.
     pub time: i64,
+    /// It was good, and going back from it was ordered.
+    pub ordered: bool,
 }
 
 /// A line of the history.

@@ -423,7 +423,8 @@ fn order_to_go_back_leads_to_the_other_blessed_version_and_to_none_when_there_is
     second.begin(machine.uptime(), true);
     let status = second.status().unwrap();
     assert_eq!((status.step, status.reason.contains("it is slow")), ("rolled-back", true));
-    assert_eq!(second.releases().bad[0].version, "1.0");
+    let bad = &second.releases().bad[0];
+    assert_eq!((bad.version.as_str(), bad.ordered), ("1.0", true), "no stick brings it back");
     assert!(matches!(second.handle_rollback(""), Err(Refusal::NoOther)));
 }
 
