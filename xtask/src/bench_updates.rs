@@ -63,7 +63,9 @@ pub(crate) fn run(profile: &str) -> Result<()> {
 fn blocks_of(folder: &Path) -> Result<HashSet<[u8; 32]>> {
     let mut found = HashSet::new();
     for part in PARTS {
-        each_block(&folder.join(part), |digest, _| drop(found.insert(digest)))?;
+        each_block(&folder.join(part), |digest, _| {
+            found.insert(digest);
+        })?;
     }
     Ok(found)
 }
