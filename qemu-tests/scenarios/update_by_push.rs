@@ -11,8 +11,9 @@ use super::update_usb::WRITTEN;
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 use skerry_qemu_tests::console::Want;
-use skerry_qemu_tests::hub::{Fleet, Hub};
+use skerry_qemu_tests::hub::{self, Fleet, Hub};
 use skerry_qemu_tests::lab::{NODE, PATIENCE, READY, SHUTDOWN};
+use skerry_qemu_tests::machine::Machine;
 use skerry_qemu_tests::release;
 use skerry_qemu_tests::scenario::Stage;
 
@@ -60,7 +61,7 @@ fn play(stage: &mut Stage<'_>, fleet: &Fleet) -> Result<()> {
     let all = std::fs::metadata(&new.bundle)?.len();
     stage.figure("fetched_bytes", bytes as f64, "bytes");
     stage.figure("update_bytes_ratio", bytes as f64 / all as f64, "");
-    stage.ask("the machine restarts by itself", || machine.wait().map(drop))?;
+    restarts(stage, &mut machine)?;
 
     let mut machine = boots(stage, &plan, &new.version, "b")?;
     let proved = Want::Saying("update", &["has proved itself"]);
@@ -75,12 +76,19 @@ fn play(stage: &mut Stage<'_>, fleet: &Fleet) -> Result<()> {
     let order = yaml_of(&old, counter, &digest);
     fleet.write(CHANNEL, &order)?;
     fleet.push("back to the version before")?;
-    stage.ask("the machine restarts by itself", || machine.wait().map(drop))?;
+    restarts(stage, &mut machine)?;
     let mut machine = boots(stage, &plan, &old, "a")?;
     let back = stage.expect(&machine, "the node is back at its hub", Want::Word("ready"), READY)?;
     stage.figure("rollback_cpu_s", back.cpu_s, "CPU s");
     stage.ask("the hub knows that the old version runs", || running(hub, &old))?;
     stage.ask("the power button switches it off", || machine.power_off(SHUTDOWN))
+}
+
+/// Waits until a machine has ended by itself, pods and all.
+fn restarts(stage: &mut Stage<'_>, machine: &mut Machine) -> Result<()> {
+    stage.ask("the machine restarts by itself", || {
+        hub::wait("end of the machine", PATIENCE, || Ok(machine.is_off().then_some(())))
+    })
 }
 
 fn yaml_of(version: &str, counter: u64, digest: &str) -> String {

@@ -85,11 +85,12 @@ pub(crate) struct Refusal {
     pub(crate) hint: String,
 }
 
-/// The nodes that nobody has heard of for a while, by the word of the cluster: their condition `Ready` is not `True`.
+/// The nodes that nobody has heard of for a while, by the word of the cluster: their condition `Ready` is `Unknown`, or was
+/// never there. A node that says itself that it is not ready (without a container runtime, say) is there.
 pub(crate) fn away(nodes: &[Node]) -> BTreeSet<String> {
     let is_there = |node: &&Node| {
         let conditions = node.status.iter().flat_map(|status| status.conditions.iter().flatten());
-        conditions.into_iter().any(|one| one.type_ == "Ready" && one.status == "True")
+        conditions.into_iter().any(|one| one.type_ == "Ready" && one.status != "Unknown")
     };
     nodes.iter().filter(|node| !is_there(node)).map(ResourceExt::name_any).collect()
 }
@@ -364,7 +365,12 @@ mod tests {
             .unwrap()
         };
         let never: Node = serde_json::from_value(json!({"metadata": {"name": "new"}})).unwrap();
-        let nodes = [node("lisbon-1", "Unknown"), node("lisbon-2", "True"), never];
+        let nodes = [
+            node("lisbon-1", "Unknown"),
+            node("lisbon-2", "True"),
+            node("lisbon-3", "False"),
+            never,
+        ];
         let away = away(&nodes);
         assert_eq!(away.iter().map(String::as_str).collect::<Vec<_>>(), ["lisbon-1", "new"]);
         let row = device(&fridge(), Some(&status()), &away);
