@@ -6,9 +6,11 @@ mod support;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use skerry_api::fleet::os::{OsProgress, OsStep};
-use skerry_cloudcore::create_token;
+use skerry_apiserver::ApiServer;
+use skerry_cloudcore::{CloudCore, create_token};
 use skerry_edge::appliance::{Ask, Facts};
 use skerry_edge::config::{Config, Endpoint};
+use skerry_edge::enrol::Credentials;
 use skerry_edge::os::{self, Failure, Running};
 use skerry_init::blocks;
 use skerry_init::manifest::{FORMAT, Manifest, PRODUCT, Part};
@@ -147,7 +149,7 @@ struct Node {
 impl Node {
     fn start(
         endpoint: Endpoint,
-        credentials: &watch::Receiver<Option<Arc<skerry_edge::enrol::Credentials>>>,
+        credentials: &watch::Receiver<Option<Arc<Credentials>>>,
         store: PathBuf,
         source: PathBuf,
     ) -> Self {
@@ -207,32 +209,49 @@ impl Node {
             .expect("a question")
     }
 
-    async fn wait_for(&mut self, step: OsStep) -> OsProgress {
-        let there = self.progress.wait_for(|progress| progress.step == step);
+    async fn wait_for(&mut self, good: impl Fn(&OsProgress) -> bool) -> OsProgress {
+        let there = self.progress.wait_for(good);
         tokio::time::timeout(PATIENCE, there).await.expect("in time").expect("it runs").clone()
+    }
+}
+
+/// A hub with a store, and what a node has that has joined it. The API goes last.
+struct Hub {
+    store: PathBuf,
+    config: Config,
+    credentials: watch::Receiver<Option<Arc<Credentials>>>,
+    cloud: CloudCore,
+    dir: tempfile::TempDir,
+    _api: ApiServer,
+}
+
+impl Hub {
+    async fn start() -> Self {
+        skerry_edge::tls::install_provider();
+        let dir = tempfile::tempdir().expect("a folder");
+        let store = dir.path().join("hub");
+        let api = start_api(dir.path()).await;
+        let admin = api.client("admin", &["system:masters"]);
+        let ttl = Duration::from_secs(3600);
+        let cloud =
+            start_cloud_with_store(&api, ANY.into(), ANY.into(), ttl, Some(store.clone())).await;
+        let token = create_token(&admin, "edge1", Duration::from_secs(600)).await.expect("a token");
+        let text = format!(
+            "nodeName: edge1\nhub: wss://{}\nenrol: https://{}\ntoken: {token}\ndir: {}\n",
+            cloud.hub_addr(),
+            cloud.enrol_addr(),
+            dir.path().join("edge").display(),
+        );
+        let config = Config::parse(Path::new("edge.yaml"), &text).expect("a configuration");
+        let joined = skerry_edge::enrol::ensure(&config).await.expect("a certificate");
+        let credentials = watch::Sender::new(Some(Arc::new(joined))).subscribe();
+        Self { store, config, credentials, cloud, dir, _api: api }
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_version_comes_over_a_line_that_is_cut_and_only_what_is_new_of_it() {
-    skerry_edge::tls::install_provider();
-    let dir = tempfile::tempdir().expect("a folder");
-    let hub_store = dir.path().join("hub");
-    let api = start_api(dir.path()).await;
-    let admin = api.client("admin", &["system:masters"]);
-    let ttl = Duration::from_secs(3600);
-    let cloud =
-        start_cloud_with_store(&api, ANY.into(), ANY.into(), ttl, Some(hub_store.clone())).await;
-    let token = create_token(&admin, "edge1", Duration::from_secs(600)).await.expect("a token");
-    let text = format!(
-        "nodeName: edge1\nhub: wss://{}\nenrol: https://{}\ntoken: {token}\ndir: {}\n",
-        cloud.hub_addr(),
-        cloud.enrol_addr(),
-        dir.path().join("edge").display(),
-    );
-    let config = Config::parse(Path::new("edge.yaml"), &text).expect("a configuration");
-    let joined = skerry_edge::enrol::ensure(&config).await.expect("a certificate");
-    let credentials = watch::Sender::new(Some(Arc::new(joined))).subscribe();
+    let Hub { store: hub_store, config, credentials, cloud, dir, _api } = Hub::start().await;
 
     // The new root has most of the old one, elsewhere; 200 blocks and the tree are new. The UKI is new as a whole.
     let old = noise(1, 1000);
@@ -266,7 +285,8 @@ async fn a_version_comes_over_a_line_that_is_cut_and_only_what_is_new_of_it() {
     // PID 1's work is followed, and its restart asked for.
     answer.send(Ok(())).expect("somebody waits");
     node.says(json!({"update": {"version": "2", "step": "writing", "percent": 10}}));
-    assert_eq!(node.wait_for(OsStep::Installing).await.percent, Some(10));
+    let writing = |of: &OsProgress| of.step == OsStep::Installing && of.percent == Some(10);
+    node.wait_for(writing).await;
     node.says(json!({"update": {"version": "2", "step": "committed"}}));
     let Ask { line, answer } = node.ask().await;
     assert!(line["reboot"]["reason"].as_str().is_some_and(|reason| reason.contains('2')), "{line}");
@@ -275,7 +295,7 @@ async fn a_version_comes_over_a_line_that_is_cut_and_only_what_is_new_of_it() {
     // Back in the old version, with the reason.
     let bad = json!([{"version": "2", "digest": digest, "reason": "no link after 10 min"}]);
     node.says(json!({"releases": {"running": "1", "counter": 1, "bad": bad}}));
-    let progress = node.wait_for(OsStep::Failed).await;
+    let progress = node.wait_for(|progress| progress.step == OsStep::Failed).await;
     assert!(progress.reason.contains("no link after 10 min"), "{progress:?}");
     assert!(!store.join(&digest).exists(), "what was given up takes no room");
     node.stop.cancel();
@@ -284,24 +304,7 @@ async fn a_version_comes_over_a_line_that_is_cut_and_only_what_is_new_of_it() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_not_what_was_ordered_is_told_and_nothing_reaches_init() {
-    skerry_edge::tls::install_provider();
-    let dir = tempfile::tempdir().expect("a folder");
-    let hub_store = dir.path().join("hub");
-    let api = start_api(dir.path()).await;
-    let admin = api.client("admin", &["system:masters"]);
-    let ttl = Duration::from_secs(3600);
-    let cloud =
-        start_cloud_with_store(&api, ANY.into(), ANY.into(), ttl, Some(hub_store.clone())).await;
-    let token = create_token(&admin, "edge1", Duration::from_secs(600)).await.expect("a token");
-    let text = format!(
-        "nodeName: edge1\nhub: wss://{}\nenrol: https://{}\ntoken: {token}\ndir: {}\n",
-        cloud.hub_addr(),
-        cloud.enrol_addr(),
-        dir.path().join("edge").display(),
-    );
-    let config = Config::parse(Path::new("edge.yaml"), &text).expect("a configuration");
-    let joined = skerry_edge::enrol::ensure(&config).await.expect("a certificate");
-    let credentials = watch::Sender::new(Some(Arc::new(joined))).subscribe();
+    let Hub { store: hub_store, config, credentials, cloud, dir, _api } = Hub::start().await;
     let content = noise(5, 20);
     let (good, _) = publish(&hub_store, "2", 2, &content, &content);
     let (spoiled, root) = publish(&hub_store, "3", 3, &content, &content);
