@@ -4,12 +4,8 @@
 //! port.
 
 use crate::fault::hinted;
-use crate::{Output, out, table};
+use crate::{Output, monitor, out, table};
 use anyhow::{Context, Result};
-use bytes::Bytes;
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper_util::client::legacy::Client;
-use hyper_util::rt::TokioExecutor;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use std::process::ExitCode;
@@ -83,30 +79,14 @@ pub(crate) async fn run(args: Args, output: Output) -> Result<ExitCode> {
 
 async fn fetch(monitor: &str) -> Result<Vec<Link>> {
     let address = format!("{}/links", monitor.trim_end_matches('/'));
-    let uri = address.parse::<http::Uri>().ok().filter(|uri| uri.scheme_str() == Some("http"));
-    let uri = uri.ok_or_else(|| {
-        hinted(
-            format!("`{monitor}` is no monitor address"),
-            "it looks like http://127.0.0.1:9091; `skerry up` writes its own to up.json",
-        )
-    })?;
-    let client = Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>();
-    let answer = client.get(uri).await.map_err(|error| {
-        hinted(
-            format!("could not ask cloudcore's monitor at {monitor}: {error}"),
-            "run this where cloudcore runs, and name its monitor with --monitor (up.json has it)",
-        )
-    })?;
-    let status = answer.status();
-    let body = Limited::new(answer.into_body(), ANSWER_LEN_MAX).collect().await;
-    let body = body.map_err(|error| anyhow::anyhow!("the answer did not arrive: {error}"))?;
+    let (status, body) = monitor::ask(monitor, &address, ANSWER_LEN_MAX).await?;
     if !status.is_success() {
         return Err(hinted(
             format!("{address} answered {status}"),
             "something else than cloudcore listens there; name its monitor with --monitor",
         ));
     }
-    serde_json::from_slice(&body.to_bytes()).context("the answer is no list of links")
+    serde_json::from_slice(&body).context("the answer is no list of links")
 }
 
 fn print(links: &[Link]) -> Result<()> {

@@ -15,6 +15,7 @@ mod edge;
 mod fault;
 mod image;
 mod link;
+mod monitor;
 mod node;
 mod os;
 mod out;

@@ -113,35 +113,28 @@ fn package(locked: &Locked) -> Value {
         encoded(&locked.version),
         locked.arch
     );
-    json!({
-        "SPDXID": package_id(&locked.name),
-        "name": locked.name,
-        "versionInfo": locked.version,
-        "supplier": "Organization: Debian",
-        "downloadLocation": "NOASSERTION",
-        "filesAnalyzed": false,
-        "checksums": [{"algorithm": "SHA256", "checksumValue": locked.sha256}],
-        "licenseConcluded": "NOASSERTION",
-        "licenseDeclared": "NOASSERTION",
-        "copyrightText": "NOASSERTION",
-        "externalRefs": [{
-            "referenceCategory": "PACKAGE-MANAGER",
-            "referenceType": "purl",
-            "referenceLocator": purl,
-        }],
-    })
+    let mut value =
+        referenced(&package_id(&locked.name), &locked.name, &locked.version, &locked.sha256, &purl);
+    value["supplier"] = "Organization: Debian".into();
+    value
 }
 
 fn crate_package(id: &str, found: &Crate) -> Value {
     let purl = format!("pkg:cargo/{}@{}", encoded(&found.name), encoded(&found.version));
+    let mut value = referenced(id, &found.name, &found.version, &found.sha256, &purl);
+    value["primaryPackagePurpose"] = "LIBRARY".into();
+    value
+}
+
+/// Something from elsewhere that a package URL names.
+fn referenced(id: &str, name: &str, version: &str, sha256: &str, purl: &str) -> Value {
     json!({
         "SPDXID": id,
-        "name": found.name,
-        "versionInfo": found.version,
-        "primaryPackagePurpose": "LIBRARY",
+        "name": name,
+        "versionInfo": version,
         "downloadLocation": "NOASSERTION",
         "filesAnalyzed": false,
-        "checksums": [{"algorithm": "SHA256", "checksumValue": found.sha256}],
+        "checksums": [{"algorithm": "SHA256", "checksumValue": sha256}],
         "licenseConcluded": "NOASSERTION",
         "licenseDeclared": "NOASSERTION",
         "copyrightText": "NOASSERTION",

@@ -5,12 +5,8 @@
 
 use super::{Name, device};
 use crate::fault::hinted;
-use crate::{Output, out};
+use crate::{Output, monitor, out};
 use anyhow::{Context, Result};
-use bytes::Bytes;
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper_util::client::legacy::Client as Http;
-use hyper_util::rt::TokioExecutor;
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -197,24 +193,7 @@ async fn patient(monitor: &str, address: &str) -> Result<Page> {
 }
 
 async fn fetch(monitor: &str, address: &str) -> Result<Page> {
-    let uri = address.parse::<http::Uri>().ok().filter(|uri| uri.scheme_str() == Some("http"));
-    let uri = uri.ok_or_else(|| {
-        hinted(
-            format!("`{monitor}` is no monitor address"),
-            "it looks like http://127.0.0.1:9091; `skerry up` writes its own to up.json",
-        )
-    })?;
-    let client = Http::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>();
-    let answer = client.get(uri).await.map_err(|error| {
-        hinted(
-            format!("could not ask cloudcore's monitor at {monitor}: {error}"),
-            "run this where cloudcore runs, and name its monitor with --monitor (up.json has it)",
-        )
-    })?;
-    let status = answer.status();
-    let body = Limited::new(answer.into_body(), PAGE_LEN_MAX).collect().await;
-    let body = body.map_err(|error| anyhow::anyhow!("the answer did not arrive: {error}"))?;
-    let body = body.to_bytes();
+    let (status, body) = monitor::ask(monitor, address, PAGE_LEN_MAX).await?;
     if !status.is_success() {
         let text: String = String::from_utf8_lossy(&body).chars().take(500).collect();
         let hint = match status.as_u16() {
